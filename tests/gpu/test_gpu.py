@@ -1,0 +1,80 @@
+"""What only a GPU can show: every attention backend against the eager reference, compiled against eager, on odd shapes.
+
+Run on a CUDA machine: python -m pytest tests/gpu -q. Elsewhere every test skips; CI covers the eager twins.
+"""
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+spec = importlib.util.spec_from_file_location("train_gpt", Path(__file__).parents[2] / "train_gpt.py")
+tg = importlib.util.module_from_spec(spec)
+sys.modules["train_gpt"] = tg
+spec.loader.exec_module(tg)
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    cfg = tg.load_config({"RUN_ID": "gpu", "ARTIFACT_DIR": str(tmp_path_factory.mktemp("logs"))}, True)
+    return tg.Run(cfg, (0, 0, 1))
+
+
+def relative(a, b):
+    return float((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-9))
+
+
+# borders with one-token segments, empty segments (padding of cu) and lengths off every tile size
+BORDERS = ([0, 1, 2, 67, 300, 300, 301, 813], [0, 513], [0, 128, 256, 384, 512, 512, 512])
+
+
+@pytest.mark.parametrize("borders", BORDERS)
+@pytest.mark.parametrize("name", [n for n in tg.ATTENTION if n != "eager"])
+def test_attention_backend_equals_eager(name, borders, run):
+    cfg = tg.load_config({}, True)
+    problem = tg.try_attention(name, cfg, run)
+    if problem:
+        pytest.skip(f"{name}: {problem}")
+    torch.manual_seed(0)
+    total = borders[-1]
+    cu = torch.tensor(borders, dtype=torch.int32, device="cuda")
+    inputs = [torch.randn(total, h, 64, device="cuda").bfloat16().requires_grad_() for h in (8, 4, 4)]
+    grad = torch.randn(total, 8, 64, device="cuda").bfloat16()
+    results = []
+    for attend in (tg.ATTENTION[name], tg.attention_eager):
+        out = attend(*inputs, cu, 512 if total > 513 else 513)
+        results.append([out, *torch.autograd.grad(out, inputs, grad)])
+    for fast, reference in zip(*results):
+        assert torch.isfinite(fast).all()
+        assert relative(fast, reference) < 2e-2
+
+
+@pytest.mark.parametrize("scope", ["block", "full"])
+def test_compiled_equals_eager(scope, run):
+    """Loss and gradients of the compiled record network against the same weights run eagerly, both plans."""
+    grads = {}
+    for how in ("none", scope):
+        cfg = tg.load_config({"COMPILE_SCOPE": how, "NUM_LAYERS": "11"}, True)
+        model = tg.build_model(cfg, run)
+        with torch.no_grad():  # off the identity start, so that every path carries signal
+            torch.manual_seed(1)
+            for p in model.parameters():
+                p.add_(0.02 * torch.randn_like(p))
+        ids = torch.randint(2, 8192, (4097,), generator=torch.Generator().manual_seed(2)).numpy()
+        ids[[0, 5, 6, 1500]] = 1
+        cu = tg.cut_segments(ids[:-1], tg.np.array([0]), 2048, True)
+        batch = tg.make_batch(ids[:-1], ids[1:], cu, 2048, run, 64)
+        for looping in (False, True):
+            model.looping = looping
+            loss = model.nll(*batch).mean()
+            loss.backward()
+            grads[how, looping] = [loss.detach()] + [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            for p in model.parameters():
+                p.grad = None
+    for looping in (False, True):
+        a, b = grads["none", looping], grads[scope, looping]
+        assert abs(float(a[0] - b[0])) < 5e-3
+        assert relative(torch.cat([x.flatten() for x in a[1:]]), torch.cat([x.flatten() for x in b[1:]])) < 5e-2

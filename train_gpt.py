@@ -1,0 +1,2761 @@
+"""The parameter-golf training system: the best language model whose code and compressed weights fit in 16,000,000 bytes.
+
+Trained for 600 s and scored for another 600 s on 8xH100, in bits per byte (bpb) of the FineWeb validation text.
+Claim: none on FineWeb yet. What was measured, on what and how often, stands in README.md and records/README.md.
+
+    python train_gpt.py                                              the whole job; without a GPU a 3-minute smoke run
+    torchrun --standalone --nproc_per_node=8 train_gpt.py            the record run
+    MODE=eval   ARTIFACT=logs/<id>.artifact python train_gpt.py      score a packed model again
+    MODE=pack   CHECKPOINT=logs/<id>.ckpt   python train_gpt.py      quantise and pack saved averaged weights again
+    MODE=sample SAMPLE_PROMPT="The" python train_gpt.py                     text from the newest artifact
+    MODE=config python train_gpt.py                                  resolved config, layer plan and size; no data, no GPU
+
+Every knob is an environment variable, declared once in room 2; a mistyped one stops the run. A room uses only rooms above:
+     1 imports    2 config     3 runtime   4 bytes     5 data          6 kernels     7 layers    8 model     9 parameters
+    10 optimisers 11 averaging 12 quantise 13 artifact 14 evaluation  15 training   16 sampling 17 main
+
+Shapes are written as suffixes: T packed tokens, D model width, H query heads, K kv heads, E head width, V vocabulary,
+S segments (a segment is a document, or a piece of one: attention, rotary positions and smearing never leave it).
+Tokens of many segments lie in one flat row, so training, scoring, test-time training, calibration and sampling are one
+forward pass over (ids_T, pos_T, cu_S), with cu the segments' borders and pos the position within the segment.
+"""
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. IMPORTS AND SOURCE - the file reads itself before anything else, so that the log holds the code that really ran;
+#    optional libraries are found by capability, never by version, and a missing one is only an entry in HAVE.
+# ----------------------------------------------------------------------------------------------------------------------
+from pathlib import Path
+
+SOURCE = Path(__file__).read_text(encoding="utf-8")
+
+import ast
+import base64
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import io
+import json
+import lzma
+import math
+import os
+import platform
+import random
+import re
+import signal
+import struct
+import sys
+import time
+import traceback
+import uuid
+import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Callable, Iterator, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def installed(module: str) -> bool:
+    """Whether a module can be found, without importing it (a GPU library can take seconds to import)."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def windowed_varlen() -> bool:
+    """Whether this torch has varlen attention with a window, which is how it spells 'causal' since 2.11."""
+    if not installed("torch.nn.attention.varlen"):
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+    return "window_size" in inspect.signature(varlen_attn).parameters
+
+
+HAVE = {
+    "cuda": torch.cuda.is_available(),
+    "fa4": installed("flash_attn.cute"),
+    "fa3": installed("flash_attn_interface"),
+    "varlen": windowed_varlen(),
+    "brotli": installed("brotli"),
+    "zstd": installed("zstandard"),
+}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. CONFIG - one line a knob: name, default, a sentence. Environment variables only, spelled as upstream spells them.
+#    The defaults are the record recipe; PRESET names a table of overrides; nothing else in the file reads os.environ.
+#    Fractions are of the run (0 = start, 1 = end), so that a short run is a small record run.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def knob(default, sentence: str, choices: tuple = (), low: float | None = None, high: float | None = None):
+    """Declare one knob: its default, what it does, and which values are allowed (choices, or low <= value <= high)."""
+    return field(default=default, metadata={"doc": sentence, "choices": choices, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class RunKnobs:
+    """What to do, where things lie, and how long it may take."""
+    mode: str = knob("train", "what this process does", ("train", "eval", "pack", "sample", "config"))
+    preset: str = knob("", "table of overrides; empty: record with a GPU, smoke without", ("", "record", "baseline", "smoke"))
+    run_id: str = knob("", "name of the run's files; empty: time and a random suffix")
+    seed: int = knob(1337, "init and data order; two seeds share neither", low=0)
+    deterministic: bool = knob(False, "bit-equal reruns: deterministic kernels, progress counted in steps; slower")
+    artifact_dir: str = knob("logs", "folder of logs, checkpoints and artifacts")
+    artifact: str = knob("", "artifact to eval or sample; empty: the one of RUN_ID, else the newest in ARTIFACT_DIR")
+    checkpoint: str = knob("", "averaged weights for MODE=pack; empty: as for ARTIFACT")
+    checkpoint_seconds: float = knob(60.0, "a checkpoint of the averaged weights this often; 0: only at the end", low=0)
+    max_wallclock_seconds: float = knob(600.0, "training budget, Hessians included; 0: ITERATIONS alone decides", low=0)
+    eval_wallclock_seconds: float = knob(600.0, "evaluation budget; an overrun is reported as a failure; 0: none", low=0)
+    iterations: int = knob(20000, "most training steps", low=1)
+    warmup_steps: int = knob(4, "untimed steps per graph that compile it; all state is put back afterwards", low=0)
+    train_log_every: int = knob(100, "steps between train_loss lines", low=1)
+    val_loss_every: int = knob(0, "steps between validations during training; 0: only at the end", low=0)
+    sample_prompt: str = knob("", "start of the text that MODE=sample continues")
+    sample_tokens: int = knob(128, "tokens that MODE=sample writes", low=1)
+    sample_temperature: float = knob(0.8, "sampling temperature; 0: greedy", low=0)
+
+
+@dataclass(frozen=True)
+class DataKnobs:
+    """Shards, tokenizer and how the token stream is cut."""
+    data_path: str = knob("", "folder of fineweb_{train,val}_*.bin; empty: data/datasets/fineweb10B_sp<V>")
+    tokenizer_path: str = knob("", "SentencePiece model; empty: data/tokenizers/fineweb_<V>_bpe.model")
+    vocab_size: int = knob(8192, "rows of the embedding; must equal the tokenizer's", low=2, high=65536)
+    train_batch_tokens: int = knob(786432, "tokens in a step over all ranks, whatever their number", low=1)
+    pack_tokens: int = knob(16384, "tokens in a block; blocks are what is shuffled, and no segment crosses one", low=2)
+    micro_batch_tokens: int = knob(131072, "most tokens in one forward pass of a rank; memory decides", low=1)
+    train_seq_len: int = knob(2048, "longest segment in training; longer documents are split", low=2)
+    doc_isolation: bool = knob(True, "documents do not see each other in attention, positions and smearing")
+
+
+@dataclass(frozen=True)
+class ModelKnobs:
+    """The network. Layer sets count physical layers from 0."""
+    num_layers: int = knob(11, "physical layers", low=1)
+    model_dim: int = knob(512, "width of the residual stream", low=8)
+    num_heads: int = knob(8, "query heads", low=1)
+    num_kv_heads: int = knob(4, "key/value heads (grouped-query attention)", low=1)
+    mlp_mult: float = knob(4.0, "hidden width of the MLP over MODEL_DIM; the largest share of the bytes", low=0.1)
+    mlp_act: str = knob("leaky_relu2", "leaky_relu2 keeps a gradient on the negative side", ("leaky_relu2", "relu2"))
+    tie_embeddings: bool = knob(True, "the head is the embedding; untying costs V*D parameters")
+    logit_softcap: float = knob(30.0, "logits are cap*tanh(z/cap); 0: no cap", low=0)
+    qk_gain_init: float = knob(5.0, "start of the learned per-head gain on normalised queries; higher is sharper", low=0)
+    rope_base: float = knob(10000.0, "rotary base", low=1)
+    rope_dims: int = knob(16, "channels of a head that rotate; 0: all", low=0)
+    ln_scale: bool = knob(True, "norm outputs times 1/sqrt(layer+1): deeper layers speak more softly")
+    xsa_last_n: int = knob(11, "last layers whose attention output loses its component along the token's own value", low=0)
+    value_residual: str = knob("none", "mix the first layer's values into every later layer's", ("none", "mix", "sigmoid"))
+    attn_gate: str = knob("sparse", "gate on each head's output: a row of GATES in room 7",
+                          ("none", "scalar", "dense", "out", "sparse"))
+    gate_window: int = knob(12, "leading channels that narrow gates read", low=1)
+    smear_gate: str = knob("pre", "add a gated share of the previous token's embedding, before or after the first norm",
+                           ("none", "pre", "post"))
+    bigram_vocab_size: int = knob(0, "rows of a hashed (previous, current) token embedding; 0: none", low=0)
+    bigram_dim: int = knob(128, "width of that table", low=1)
+    unet_skips: str = knob("gated", "first half of the visits feeds the second, last in first out", ("none", "plain", "gated"))
+    num_loops: int = knob(2, "extra passes over layers LOOP_START..LOOP_END; 0: no recurrence", low=0)
+    loop_start: int = knob(3, "first layer of the loop", low=0)
+    loop_end: int = knob(5, "last layer of the loop", low=0)
+    enable_looping_at: float = knob(0.35, "fraction of the run at which recurrence starts; cheap steps come first", low=0, high=1)
+    parallel_residual: str = knob("two", "attention and MLP side by side: one stream, or two with learned mixing",
+                                  ("none", "one", "two"))
+    parallel_start_layer: int = knob(8, "first layer that runs them side by side", low=0)
+    parallel_final_lane: str = knob("mean", "what leaves two lanes at the end", ("mean", "attn", "mlp"))
+    tied_embed_init_std: float = knob(0.005, "spread of the embedding at the start", low=0)
+
+
+@dataclass(frozen=True)
+class OptimKnobs:
+    """Kernels, optimisers and schedules."""
+    attn_backend: str = knob("auto", "attention kernel; auto takes the first that works here",
+                             ("auto", "fa4", "fa3", "varlen", "sdpa", "eager"))
+    compile_scope: str = knob("auto", "what torch.compile sees: a block at a time, or the whole network; auto: block on a GPU",
+                        ("auto", "none", "block", "full"))
+    matrix_lr: float = knob(0.026, "Muon's step on matrices", low=0)
+    scalar_lr: float = knob(0.02, "AdamW on vectors, gates and scalars", low=0)
+    tied_embed_lr: float = knob(0.03, "AdamW on the embedding and hash tables", low=0)
+    head_lr: float = knob(0.008, "AdamW on an untied head", low=0)
+    muon_momentum: float = knob(0.97, "Muon's momentum after its warm-up", low=0, high=1)
+    muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", low=0, high=1)
+    muon_momentum_warmup_frac: float = knob(0.3, "fraction of the run over which momentum rises", low=0, high=1)
+    muon_backend_steps: int = knob(5, "Newton-Schulz iterations", low=1)
+    muon_coefficients: str = knob("polar", "Newton-Schulz coefficients: Polar Express per iteration, or one quintic",
+                                  ("polar", "quintic"))
+    muon_row_normalize: bool = knob(True, "give every row of the momentum unit norm before Newton-Schulz (MuonEq-R)")
+    muon_wd: float = knob(0.095, "decoupled decay of matrices; smaller weights also compress better", low=0)
+    embed_wd: float = knob(0.085, "decay of embeddings", low=0)
+    adam_wd: float = knob(0.02, "decay of vectors and scalars", low=0)
+    beta1: float = knob(0.9, "AdamW", low=0, high=1)
+    beta2: float = knob(0.99, "AdamW; .95 forgets faster", low=0, high=1)
+    adam_eps: float = knob(1e-8, "AdamW", low=0)
+    grad_clip_norm: float = knob(0.3, "clip of the global norm of the reduced gradient; 0: none", low=0)
+    warmdown_frac: float = knob(0.85, "last fraction of the run over which every lr falls linearly", low=0, high=1)
+    min_lr: float = knob(0.1, "where the lr multiplier ends", low=0, high=1)
+    average: str = knob("ema", "which weights are packed: running average, average of snapshots, or the last",
+                        ("none", "ema", "swa"))
+    ema_horizon: float = knob(0.058, "EMA: fraction of the run it remembers (decay .9965 over 4,950 steps)", low=0, high=1)
+    ema_decay: float = knob(0.0, "EMA: fixed decay a step instead of EMA_HORIZON; 0: by horizon", low=0, high=1)
+    swa_start_frac: float = knob(0.8, "SWA: snapshots are taken after this fraction of the run", low=0, high=1)
+
+
+@dataclass(frozen=True)
+class PackKnobs:
+    """Quantisation, artifact and evaluation."""
+    quantizer: str = knob("gptq", "gptq feeds rounding errors forward through the Hessian; rtn rounds", ("gptq", "rtn"))
+    matrix_bits: int = knob(6, "integer range of matrices; the sigmas, not the bits, set the size", low=2, high=8)
+    embed_bits: int = knob(7, "integer range of the embedding", low=2, high=8)
+    attn_clip_sigmas: float = knob(13.0, "clip at this many row deviations: larger is coarser and smaller", low=0.1)
+    mlp_clip_sigmas: float = knob(11.5, "the same for MLP matrices", low=0.1)
+    embed_clip_sigmas: float = knob(14.0, "the same for the embedding and hash tables", low=0.1)
+    gptq_calibration_batches: int = knob(16, "micro-batches of training data a rank gives to the Hessians", low=1)
+    gptq_reserve_seconds: float = knob(-1.0, "training time kept for the Hessians; -1: measured in the warm-up", low=-1)
+    compressor: str = knob("auto", "entropy coder; auto takes the smallest result section by section",
+                           ("auto", "brotli", "zstd", "lzma", "zlib"))
+    artifact_max_bytes: int = knob(16_000_000, "cap on packed code + model; over it, steps are coarsened until it fits", low=1)
+    eval_seq_len: int = knob(2048, "tokens in a scored window", low=2)
+    eval_stride: int = knob(64, "sliding windows advance by this many tokens", low=1)
+    val_batch_tokens: int = knob(131072, "tokens in one forward pass of a rank when scoring", low=1)
+    val_docs: int = knob(0, "score only the first documents (the log says so); 0: all", low=0)
+    sliding_window_enabled: bool = knob(True, "also score with sliding windows")
+    ttt_enabled: bool = knob(True, "also score with test-time training: a chunk is scored, then trained on")
+    ttt_chunk_tokens: int = knob(32768, "tokens in such a chunk", low=1)
+    ttt_optimizer: str = knob("sgd", "test-time optimiser; its state persists over chunks", ("sgd", "adamw"))
+    ttt_lr: float = knob(0.005, "its step at the first chunk; falls with a cosine to 0 at the last", low=0)
+    ttt_momentum: float = knob(0.9, "SGD momentum", low=0, high=1)
+    ttt_epochs: int = knob(3, "passes over a chunk after it is scored", low=1)
+    ttt_batch_tokens: int = knob(16384, "tokens in one test-time step over all ranks", low=1)
+    ttt_grad_clip: float = knob(1.0, "clip of the test-time gradient norm", low=0)
+    ttt_params: str = knob("all", "what test-time training moves", ("all", "control", "last"))
+    ttt_unfreeze_blocks: int = knob(2, "blocks that TTT_PARAMS=last moves, with all gains and gates", low=0)
+
+
+# The published naive baseline: no tricks, int8 and zlib. Learning rates and momentum as upstream's script has them.
+BASELINE = dict(
+    vocab_size=1024, num_layers=9, mlp_mult=2.0, mlp_act="relu2", train_seq_len=1024, eval_seq_len=1024,
+    train_batch_tokens=524288, qk_gain_init=1.5, rope_dims=0, ln_scale=False, xsa_last_n=0, attn_gate="none",
+    smear_gate="none", unet_skips="plain", num_loops=0, parallel_residual="none", doc_isolation=False,
+    matrix_lr=0.04, scalar_lr=0.04, tied_embed_lr=0.05, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
+    muon_momentum_warmup_frac=0.036, muon_coefficients="quintic", muon_row_normalize=False, muon_wd=0.0, embed_wd=0.0,
+    adam_wd=0.0, beta2=0.95, grad_clip_norm=0.0, warmdown_frac=0.087, min_lr=0.0, average="none", quantizer="rtn",
+    matrix_bits=8, embed_bits=8, attn_clip_sigmas=6.0, mlp_clip_sigmas=6.0, embed_clip_sigmas=6.0, compressor="zlib",
+    sliding_window_enabled=False, ttt_enabled=False)
+
+# The whole job on two CPU cores in three minutes: every stage of the record at a hundredth of its size.
+SMOKE = dict(
+    data_path="data/datasets/local_sp1024", tokenizer_path="data/tokenizers/local_1024_bpe.model", vocab_size=1024,
+    num_layers=5, model_dim=128, num_heads=4, num_kv_heads=2, mlp_mult=3.0, xsa_last_n=5, num_loops=1, loop_start=1,
+    loop_end=2, parallel_start_layer=3, train_seq_len=256, eval_seq_len=256, eval_stride=128, train_batch_tokens=8192,
+    pack_tokens=2048, micro_batch_tokens=8192, val_batch_tokens=8192, max_wallclock_seconds=75.0,
+    iterations=160, warmup_steps=1, train_log_every=20, gptq_calibration_batches=8, ttt_chunk_tokens=16384,
+    ttt_epochs=1, ttt_batch_tokens=4096, checkpoint_seconds=30.0, val_docs=150)
+
+PRESETS = {"record": {}, "baseline": BASELINE, "smoke": SMOKE}
+
+# Names that other scripts of the contest use for a knob that is here under its later spelling.
+RENAMED = {
+    "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS", "EMA_ENABLED": "AVERAGE", "SWA_ENABLED": "AVERAGE", "XSA_LAYERS": "XSA_LAST_N",
+    "ATTN_OUT_GATE": "ATTN_GATE", "ATTN_OUT_GATE_ENABLED": "ATTN_GATE", "GATED_ATTENTION": "ATTN_GATE",
+    "SPARSE_ATTN_GATE_ENABLED": "ATTN_GATE", "SMEAR_GATE_ENABLED": "SMEAR_GATE", "SKIP_GATES_ENABLED": "UNET_SKIPS",
+    "PARTIAL_ROPE_DIMS": "ROPE_DIMS", "WEIGHT_DECAY_MUON": "MUON_WD", "WEIGHT_DECAY_ADAM": "ADAM_WD",
+    "PARALLEL_RESIDUAL_START": "PARALLEL_START_LAYER", "WARMDOWN_ITERS": "WARMDOWN_FRAC", "QUANT_BITS": "MATRIX_BITS",
+    "MUON_MOMENTUM_WARMUP_STEPS": "MUON_MOMENTUM_WARMUP_FRAC", "BIGRAM_HASH": "BIGRAM_VOCAB_SIZE",
+    "BIGRAM_BUCKETS": "BIGRAM_VOCAB_SIZE", "LOAD_ARTIFACT": "ARTIFACT", "TTT_EVAL_ONLY": "MODE", "TTT_ONLY": "MODE"}
+
+# A variable with one of these words in its name was meant for a training script of this contest; one without any of
+# them, and not one slip of the keyboard away from a knob, belongs to the shell and is left alone.
+FAMILIES = frozenset(
+    "TTT GPTQ MUON EMA SWA QAT LQER XSA SMEAR BIGRAM TRIGRAM ROPE LOOPS LOOPING UNET WARMDOWN SOFTCAP GATED GATES "
+    "MTP DTG CASEOPS SIGMAS MIXER CROWN POLYAK SLIDING WALLCLOCK ITERATIONS KV QK VE POINTER OGD PHASED".split())
+
+
+class ConfigError(SystemExit):
+    """A configuration that cannot run. Raised before anything is loaded; its text names the knob and what to do."""
+
+    def __init__(self, text: str):
+        super().__init__(f"config: {text}")
+
+
+@dataclass(frozen=True)
+class Config(PackKnobs, OptimKnobs, ModelKnobs, DataKnobs, RunKnobs):
+    """All knobs, resolved and frozen. Derived values are properties."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def hidden_dim(self) -> int:
+        return int(self.model_dim * self.mlp_mult)
+
+    @property
+    def rotary_dims(self) -> int:
+        return self.rope_dims or self.head_dim
+
+    @property
+    def dataset(self) -> Path:
+        return Path(self.data_path or f"data/datasets/fineweb10B_sp{self.vocab_size}")
+
+    @property
+    def tokenizer(self) -> Path:
+        return Path(self.tokenizer_path or f"data/tokenizers/fineweb_{self.vocab_size}_bpe.model")
+
+    @property
+    def timed(self) -> bool:
+        """Whether progress follows the clock; bit-equal reruns must not."""
+        return self.max_wallclock_seconds > 0 and not self.deterministic
+
+    @property
+    def blocks_per_batch(self) -> int:
+        return self.train_batch_tokens // self.pack_tokens
+
+    def as_dict(self) -> dict:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def recipe_hash(self) -> str:
+        """12 hex digits over every knob that can change the result; equal for two seeds of one recipe."""
+        skip = {"mode", "run_id", "seed", "artifact_dir", "artifact", "checkpoint", "sample_prompt", "sample_tokens", "preset",
+                "sample_temperature", "data_path", "tokenizer_path"}
+        kept = {k: v for k, v in sorted(self.as_dict().items()) if k not in skip}
+        return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:12]
+
+    def describe(self) -> list[str]:
+        """One line a knob, sorted, `*` where it differs from the record's default."""
+        fields = sorted(dataclasses.fields(self), key=lambda f: f.name)
+        return [f"{'*' if getattr(self, f.name) != f.default else ' '} {f.name.upper()}={getattr(self, f.name)}"
+                for f in fields]
+
+
+def parse_value(f: dataclasses.Field, text: str):
+    """One environment string as the knob's own type; ConfigError names the knob, the value and what would do."""
+    kind, name = type(f.default), f.name.upper()
+    if kind is bool:
+        if text not in ("0", "1"):
+            raise ConfigError(f"{name}={text!r}: 0 or 1 expected")
+        return text == "1"
+    try:
+        value = kind(text)
+    except ValueError:
+        raise ConfigError(f"{name}={text!r}: {kind.__name__} expected") from None
+    check_value(f, value)
+    return value
+
+
+def check_value(f: dataclasses.Field, value) -> None:
+    """Refuse a value outside its choices or bounds, with the nearest choice as a suggestion."""
+    name, meta = f.name.upper(), f.metadata
+    if meta["choices"] and value not in meta["choices"]:
+        near = difflib.get_close_matches(str(value), [str(c) for c in meta["choices"]], 1, 0.4)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{name}={value}: not one of {', '.join(filter(None, meta['choices']))}{hint}")
+    bounds = meta["low"], meta["high"]
+    if isinstance(value, float) and not math.isfinite(value) or \
+            any(b is not None and (value < b if b is bounds[0] else value > b) for b in bounds):
+        raise ConfigError(f"{name}={value}: must lie in [{bounds[0]}, {'inf' if bounds[1] is None else bounds[1]}]")
+
+
+def refuse_unknown(env: dict, names: dict) -> None:
+    """Stop on a variable that was meant as a knob but is none; silently ignored knobs have spoilt records before."""
+    for name in sorted(set(env) - set(names)):
+        if name in RENAMED:
+            raise ConfigError(f"{name} is called {RENAMED[name]} here: {names[RENAMED[name]].metadata['doc']}")
+        near = difflib.get_close_matches(name, names, 1, 0.87)
+        if near or FAMILIES & set(name.split("_")):
+            kin = [n for n in names if n.split("_")[0] == name.split("_")[0]]  # TTT_LERNING_RATE is one of TTT_*
+            near = near or difflib.get_close_matches(name, kin or names, 1, 0)
+            raise ConfigError(f"unknown knob {name}={env[name]}; did you mean {near[0]}? (MODE=config lists all)")
+
+
+def load_config(env: dict, cuda: bool, base: dict | None = None) -> Config:
+    """Resolve preset, then `base` (an artifact's own config), then the environment; every error is a ConfigError."""
+    names = {f.name.upper(): f for f in dataclasses.fields(Config)}
+    refuse_unknown(env, names)
+    given = {names[n].name: parse_value(names[n], v) for n, v in env.items() if n in names}
+    preset = given.get("preset") or ("record" if cuda else "smoke")
+    check_value(names["PRESET"], preset)
+    values = {**PRESETS[preset], **(base or {}), **given, "preset": preset}
+    cfg = Config(**values)
+    validate(cfg, launch(env)[2])
+    return cfg
+
+
+def launch(env: dict) -> tuple[int, int, int]:
+    """(rank, local rank, world size) as torchrun sets them; (0, 0, 1) without it."""
+    return tuple(int(env.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+
+
+def validate(cfg: Config, world: int) -> None:
+    """Refuse combinations that no single bound can see. Each line: condition that must hold, knob, reason."""
+    d = cfg
+    rules = [
+        (d.model_dim % d.num_heads == 0, "NUM_HEADS", f"must divide MODEL_DIM={d.model_dim}"),
+        (d.num_heads % d.num_kv_heads == 0, "NUM_KV_HEADS", f"must divide NUM_HEADS={d.num_heads}"),
+        (d.rope_dims % 2 == 0 and d.rotary_dims <= d.head_dim, "ROPE_DIMS", f"even, at most the head's {d.head_dim}"),
+        (d.xsa_last_n <= d.num_layers, "XSA_LAST_N", f"at most NUM_LAYERS={d.num_layers}"),
+        (not d.num_loops or d.loop_start <= d.loop_end < d.num_layers, "LOOP_END",
+         f"LOOP_START={d.loop_start} <= LOOP_END={d.loop_end} < NUM_LAYERS={d.num_layers} must hold"),
+        (d.train_batch_tokens % d.pack_tokens == 0, "TRAIN_BATCH_TOKENS", f"must be a multiple of PACK_TOKENS={d.pack_tokens}"),
+        (d.blocks_per_batch % world == 0, "TRAIN_BATCH_TOKENS",
+         f"its {d.blocks_per_batch} blocks of PACK_TOKENS={d.pack_tokens} do not divide over {world} ranks"),
+        (d.pack_tokens <= d.micro_batch_tokens, "MICRO_BATCH_TOKENS", f"must hold one block of PACK_TOKENS={d.pack_tokens}"),
+        (d.eval_stride <= d.eval_seq_len, "EVAL_STRIDE", f"at most EVAL_SEQ_LEN={d.eval_seq_len}, else tokens are skipped"),
+        (d.eval_seq_len <= d.val_batch_tokens, "VAL_BATCH_TOKENS", f"must hold one window of EVAL_SEQ_LEN={d.eval_seq_len}"),
+        (d.ttt_batch_tokens % world == 0, "TTT_BATCH_TOKENS", f"does not divide over {world} ranks"),
+        (d.gate_window <= d.model_dim, "GATE_WINDOW", f"at most MODEL_DIM={d.model_dim}"),
+        (not d.deterministic or d.iterations < 20000 or d.mode != "train", "ITERATIONS",
+         "DETERMINISTIC=1 counts progress in steps: say how many"),
+    ]
+    for holds, name, reason in rules:
+        if not holds:
+            raise ConfigError(f"{name}={getattr(d, name.lower())}: {reason}")
+
+
+def set_environment(cfg: Config) -> None:
+    """Variables that libraries read and that must be set before CUDA starts."""
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if cfg.deterministic:  # cuBLAS is only reproducible with a fixed workspace
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def shell_environment() -> dict:
+    """The process environment, read here and nowhere else."""
+    return dict(os.environ)
+
+
+def knob_table() -> str:
+    """The knobs as a Markdown table, as README.md carries it (a test keeps the two equal)."""
+    rows = ["| knob | default | what it does |", "|---|---|---|"]
+    for group in (RunKnobs, DataKnobs, ModelKnobs, OptimKnobs, PackKnobs):
+        rows.append(f"| **{group.__name__.removesuffix('Knobs')}** | | {group.__doc__} |")
+        for f in dataclasses.fields(group):
+            options = ", ".join(c for c in f.metadata["choices"] if c)
+            default = int(f.default) if isinstance(f.default, bool) else f.default
+            rows.append(f"| `{f.name.upper()}` | `{default}` | {f.metadata['doc']}{f' ({options})' if options else ''} |")
+    return "\n".join(rows)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. RUNTIME - where this process runs and what it tells: ranks, device, log and JSONL, two budget clocks made of named
+#    spans that add up to the wall time, atomic files, signals. Only this room prints, and only it knows the time.
+# ----------------------------------------------------------------------------------------------------------------------
+TRAIN_SPANS = ("train", "hessians")  # all that reads training data is on the training clock
+EVAL_SPANS = ("eval load", "eval full", "eval sliding", "eval ttt")  # decompression is on the evaluation clock
+RULER = "=" * 100  # parsers of contest logs start after it: what stands before is source code
+
+
+class Diverged(RuntimeError):
+    """The loss or a gradient is not a usable number any more."""
+
+
+def process_age() -> float:
+    """Seconds since this process was started (imports included); 0 where the system does not tell."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):
+        return 0.0
+
+
+class Clock:
+    """Exclusive named spans: exactly one runs at any time, so their sum is the wall time since launch (seconds)."""
+
+    def __init__(self, sync: Callable[[], None]):
+        self.sync = sync
+        self.mark = time.perf_counter() - process_age()
+        self.name, self.seconds = "start-up", {}
+
+    def switch(self, name: str) -> str:
+        """Close the running span and open `name`; returns the closed one's name."""
+        self.sync()  # work queued on the device belongs to the span that queued it
+        now, before = time.perf_counter(), self.name
+        self.seconds[before] = self.seconds.get(before, 0.0) + now - self.mark
+        self.mark, self.name = now, name
+        return before
+
+    @contextlib.contextmanager
+    def span(self, name: str):
+        """Run a block under `name`; the outer span stops meanwhile."""
+        before = self.switch(name)
+        try:
+            yield
+        finally:
+            self.switch(before)
+
+    def read(self, *names: str) -> float:
+        """Seconds spent in these spans so far, the running one included; in all spans if none is named."""
+        running = time.perf_counter() - self.mark if not names or self.name in names else 0.0
+        return running + sum(v for k, v in self.seconds.items() if not names or k in names)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write, fsync, rename: a reader sees the old file or the whole new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+class Run:
+    """Rank, device and voice of this process. Methods that communicate must be called by every rank."""
+
+    def __init__(self, cfg: Config, ranks: tuple[int, int, int], quiet: bool = False):
+        self.rank, local, self.world = ranks
+        self.device = torch.device("cuda", local) if HAVE["cuda"] else torch.device("cpu")
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.quiet, self.folder, self.id = quiet, Path(cfg.artifact_dir), cfg.run_id
+        self.clock = Clock(torch.cuda.synchronize if HAVE["cuda"] else lambda: None)
+        self.files = []
+        self.failures: list[str] = []  # broken rules that did not stop the run; the last line and exit status tell
+        self.connect()
+        self.settle(cfg)
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def place(self, rows: list[Tensor]) -> list[Tensor]:
+        """Host tensors on this rank's device, copied behind the host's back where the device allows it."""
+        return [r.pin_memory().to(self.device, non_blocking=True) for r in rows] if self.gpu else rows
+
+    def connect(self) -> None:
+        """Join the process group: NCCL for device tensors, gloo for numbers that must not touch the device queue."""
+        if self.gpu:
+            torch.cuda.set_device(self.device)
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.gpu else "gloo")
+
+    def settle(self, cfg: Config) -> None:
+        """Seed everything and choose numerics."""
+        random.seed(cfg.seed), np.random.seed(cfg.seed), torch.manual_seed(cfg.seed)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.use_deterministic_algorithms(cfg.deterministic)
+
+    def open_log(self, cfg: Config) -> None:
+        """Start logs/RUN_ID.txt and .jsonl: source, ruler, versions, device, resolved config."""
+        if not self.main:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.files = [open(self.path(s), "a", encoding="utf-8", buffering=1) for s in (".txt", ".jsonl")]
+        self.files[0].write(SOURCE + "\n" + RULER + "\n")
+        versions = f"python {platform.python_version()} torch {torch.__version__} numpy {np.__version__}"
+        device = torch.cuda.get_device_name() if HAVE["cuda"] else f"CPU, {torch.get_num_threads()} threads"
+        self.log(f"run_id:{self.id} mode:{cfg.mode} preset:{cfg.preset} recipe:{cfg.recipe_hash()} seed:{cfg.seed}")
+        self.log(f"{versions} | {device} | world_size:{self.world} | source sha256:{sha256(SOURCE.encode())}")
+        self.log(f"available: {' '.join(k for k, v in HAVE.items() if v) or 'nothing optional'}")
+        for line in cfg.describe():
+            self.files[0].write(line + "\n")
+        changed = [line[2:] for line in cfg.describe() if line[0] == "*"]
+        self.log(f"not the record's default: {' '.join(changed) or 'none'}")
+        self.event("config", recipe=cfg.recipe_hash(), source=sha256(SOURCE.encode()), world=self.world, **cfg.as_dict())
+
+    def path(self, suffix: str) -> Path:
+        return self.folder / f"{self.id}{suffix}"
+
+    def log(self, text: str) -> None:
+        """One line to the console and the log, from rank 0."""
+        if self.main and not self.quiet:
+            print(text, flush=True)
+        if self.files:
+            self.files[0].write(text + "\n")
+
+    def warn(self, text: str) -> None:
+        """A line that cannot be overlooked: what runs is not what one may think."""
+        self.log("!" * 100 + f"\n!! {text}\n" + "!" * 100)
+        self.event("warning", text=text)
+
+    def fail(self, text: str) -> None:
+        """Record a broken rule; the run goes on, and its last line and exit status say so."""
+        self.failures.append(text)
+        self.warn(f"FAILED: {text}")
+
+    def event(self, kind: str, **fields) -> None:
+        """One JSON object a line, with seconds since launch."""
+        if self.files:
+            record = {"event": kind, "t": round(self.clock.read(), 3), **fields}
+            self.files[1].write(json.dumps(record, default=str) + "\n")
+
+    def fetch(self, numbers: Tensor) -> tuple[Tensor, Callable[[], None]]:
+        """(host copy under way, function that waits until it is there): the device queue is not drained."""
+        if not self.gpu:
+            return numbers, lambda: None
+        host = torch.empty(numbers.shape, pin_memory=True).copy_(numbers, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return host, event.synchronize
+
+    def agree(self, value: float) -> float:
+        """Rank 0's number on every rank, by gloo, so that the device queue is not waited for."""
+        if self.world == 1:
+            return value
+        box = torch.tensor([value], dtype=torch.float64)
+        dist.broadcast(box, 0)
+        return float(box)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """All-reduce (sum) in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def share(self, data: bytes | None) -> bytes:
+        """Rank 0's bytes on every rank (nodes need no common file system)."""
+        if self.world == 1:
+            return data
+        size = int(self.agree(float(len(data) if self.main else 0)))
+        box = torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.main else torch.empty(size, dtype=torch.uint8)
+        dist.broadcast(box, 0)
+        return box.numpy().tobytes()
+
+    def close(self) -> None:
+        """Close the log and leave the process group."""
+        for f in self.files:
+            f.close()
+        self.files = []
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_config(env: dict, base: dict | None = None) -> Config:
+    """load_config for this machine: whether it has a GPU decides the default preset."""
+    return load_config(env, HAVE["cuda"], base)
+
+
+def named(cfg: Config) -> Config:
+    """The config with a run id, made of the time and a random suffix where none is given."""
+    fresh = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+    return cfg if cfg.run_id else dataclasses.replace(cfg, run_id=fresh)
+
+
+def stop_on_signals() -> None:
+    """SIGTERM ends the run the way Ctrl-C does: through the `finally` blocks, with a usable log."""
+    def handler(number, frame):
+        raise SystemExit(128 + number)
+    signal.signal(signal.SIGTERM, handler)
+
+
+def report_budgets(run: Run, cfg: Config) -> None:
+    """All spans, their sum beside the wall time, and the two budgets; an overrun is a failure."""
+    run.clock.switch(run.clock.name)  # book the running span before reading
+    spans, wall = run.clock.seconds, run.clock.read()
+    run.log("spans: " + " ".join(f"{k.replace(' ', '_')}:{v:.2f}s" for k, v in spans.items())
+            + f" sum:{sum(spans.values()):.2f}s wall:{wall:.2f}s")
+    for label, names, cap in (("train", TRAIN_SPANS, cfg.max_wallclock_seconds), ("eval", EVAL_SPANS, cfg.eval_wallclock_seconds)):
+        used = run.clock.read(*names)
+        run.log(f"budget {label}: {used:.2f}s of {f'{cap:.0f}s' if cap else 'no limit'}")
+        if cap and used > cap and (label == "eval" or cfg.timed):
+            run.fail(f"{label} budget overrun: {used:.2f}s > {cap:.0f}s")
+    run.event("spans", wall=wall, **spans)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. TOKENIZER AND BYTES - how many bytes of text a token stands for, proved against decoded UTF-8 at start-up. This is
+#    the denominator of every score, and the most common fault of this contest.
+# ----------------------------------------------------------------------------------------------------------------------
+BOS = 1  # every document of a contest shard begins with it
+
+
+class Tokenizer:
+    """A SentencePiece model and its byte table."""
+
+    def __init__(self, path: Path, vocab_size: int):
+        import sentencepiece
+        if not path.is_file():
+            raise SystemExit(f"tokenizer {path} is missing; see data/README.md")
+        self.path, self.sp = path, sentencepiece.SentencePieceProcessor(model_file=str(path))
+        if self.sp.vocab_size() != vocab_size:
+            raise ConfigError(f"VOCAB_SIZE={vocab_size}, but {path} has {self.sp.vocab_size()} pieces")
+        if self.sp.bos_id() != BOS:
+            raise SystemExit(f"{path}: BOS is {self.sp.bos_id()}, contest shards use {BOS}")
+        self.sha256 = sha256(path.read_bytes())
+        self.base_V, self.space_V, self.edge_V = self.byte_table()
+
+    def byte_table(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(bytes without a leading space, has one, is a control piece) for each token id.
+
+        A byte piece is one byte; control and unknown pieces are none; a leading U+2581 is a space that counts
+        except behind a control piece, where the decoder drops it.
+        """
+        n = self.sp.vocab_size()
+        base, space, edge = np.zeros(n, np.int64), np.zeros(n, bool), np.zeros(n, bool)
+        for i in range(n):
+            if self.sp.is_control(i) or self.sp.is_unknown(i) or self.sp.is_unused(i):
+                edge[i] = True
+            elif self.sp.is_byte(i):
+                base[i] = 1
+            else:
+                piece = self.sp.id_to_piece(i)
+                space[i] = piece.startswith("\u2581")
+                base[i] = len(piece[int(space[i]):].replace("\u2581", " ").encode())
+        return base, space, edge
+
+    def count_bytes(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes of each token but the first, given its predecessor: [N] -> [N-1] int64."""
+        before, target = tokens[:-1], tokens[1:]
+        return self.base_V[target] + (self.space_V[target] & ~self.edge_V[before])
+
+    def check_bytes(self, tokens: np.ndarray, starts: np.ndarray, sample: int = 64) -> str:
+        """Compare table and decoder on documents spread over the set; SystemExit if one differs by a byte.
+
+        Documents whose decoded text holds U+FFFD are passed over: there the decoder replaces broken UTF-8.
+        """
+        edges, checked = np.append(starts, len(tokens)), 0
+        for i in np.unique(np.linspace(0, len(starts) - 1, min(sample, len(starts))).astype(int)):
+            doc = tokens[edges[i]:edges[i + 1]]
+            text = self.sp.decode(doc.tolist())
+            counted, decoded = int(self.count_bytes(doc).sum()), len(text.encode())
+            if counted != decoded and "\ufffd" not in text:
+                raise SystemExit(f"byte table and decoder differ on document {i}: {counted} and {decoded} bytes; "
+                                 f"{self.path} is not the tokenizer of these shards, or its table is wrong")
+            checked += 1
+        return f"byte table equals decoded UTF-8 on {checked} documents"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. DATA - contest shards in, flat rows of segments out. The training order is a pure function of (seed, step), so it is
+#    the same for any number of ranks and needs no state; a missing, short or corrupt shard is named, never skipped.
+# ----------------------------------------------------------------------------------------------------------------------
+MAGIC, HEADER_BYTES = 20240520, 1024
+
+
+class Batch(NamedTuple):
+    """One flat row: ids_T, targets_T, pos_T (place in its segment), cu_S1 (segment borders, int32), longest segment."""
+    ids: Tensor
+    targets: Tensor
+    pos: Tensor
+    cu: Tensor
+    longest: int
+
+
+def read_shard(path: Path) -> np.ndarray:
+    """Memory-map a shard's tokens [N] uint16; SystemExit names a file that is short, altered or of another kind."""
+    fix = "fetch it again: python data/cached_challenge_fineweb.py (see data/README.md)"
+    if not path.is_file():
+        raise SystemExit(f"shard {path} is missing; {fix}")
+    size, header = path.stat().st_size, np.fromfile(path, "<i4", 256)
+    if len(header) < 256 or header[0] != MAGIC or header[1] != 1:
+        raise SystemExit(f"shard {path} has no contest header (magic {MAGIC}, version 1); {fix}")
+    if size != HEADER_BYTES + 2 * int(header[2]):
+        raise SystemExit(f"shard {path} has {size} bytes, its header says {HEADER_BYTES + 2 * int(header[2])}; {fix}")
+    return np.memmap(path, "<u2", "r", HEADER_BYTES)
+
+
+def find_shards(folder: Path, split: str) -> list[np.ndarray]:
+    """All shards of a split in order. The digits keep byte sidecars (`fineweb_val_bytes_*`) out."""
+    paths = sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))
+    if not paths:
+        raise SystemExit(f"no fineweb_{split}_*.bin in {folder}; fetch them: python data/cached_challenge_fineweb.py, "
+                         "or run without PRESET to use text that is already on this machine")
+    return [read_shard(p) for p in paths]
+
+
+def cut_segments(ids: np.ndarray, forced: np.ndarray, limit: int, isolate: bool) -> np.ndarray:
+    """Segment borders [S+1] int32: at `forced` places, at documents' starts, and every `limit` tokens after those."""
+    first = np.zeros(len(ids), bool)
+    first[forced] = True
+    if isolate:
+        first |= ids == BOS
+    starts = np.flatnonzero(first)
+    pieces = -(-np.diff(np.append(starts, len(ids))) // limit)
+    nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # number within its document
+    return np.append(np.repeat(starts, pieces) + limit * nth, len(ids)).astype(np.int32)
+
+
+def make_batch(ids: np.ndarray, targets: np.ndarray, cu: np.ndarray, longest: int, run: Run, room: int = 0) -> Batch:
+    """Move a row to the device. `room` pads cu with empty segments at the end, so that its shape is static."""
+    pos = np.arange(len(ids)) - np.repeat(cu[:-1], np.diff(cu))
+    cu = np.pad(cu, (0, max(room + 1 - len(cu), 0)), mode="edge")
+    rows = [torch.from_numpy(np.ascontiguousarray(a)) for a in
+            (ids.astype(np.int64), targets.astype(np.int64), pos.astype(np.int64), cu)]
+    return Batch(*run.place(rows), longest)
+
+
+def micro_blocks(cfg: Config, world: int) -> int:
+    """Blocks in one forward pass: the most that memory allows and that divide a rank's share of the batch."""
+    share, most = cfg.blocks_per_batch // world, cfg.micro_batch_tokens // cfg.pack_tokens
+    return max(m for m in range(1, min(share, most) + 1) if share % m == 0)
+
+
+class TrainStream:
+    """Blocks of PACK_TOKENS over all training shards, permuted anew by (SEED, epoch); step -> this rank's batches."""
+
+    def __init__(self, cfg: Config, run: Run):
+        self.cfg, self.run, self.shards = cfg, run, find_shards(cfg.dataset, "train")
+        self.pack, self.per_step = cfg.pack_tokens, cfg.blocks_per_batch
+        counts = [(len(s) - 1) // self.pack for s in self.shards]  # one token more is the last target
+        self.ends = np.cumsum(counts)
+        self.tokens = sum(len(s) for s in self.shards)
+        if self.ends[-1] < 1:
+            raise SystemExit(f"{cfg.dataset} holds {self.tokens} training tokens, fewer than PACK_TOKENS={self.pack}")
+        self.micro = micro_blocks(cfg, run.world)
+        self.room = self.guess_room()
+        self.pool, self.ahead = ThreadPoolExecutor(1), {}
+        self.order: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    @property
+    def micro_steps(self) -> int:
+        return self.per_step // self.run.world // self.micro
+
+    def guess_room(self) -> int:
+        """Segments that a row must have room for, from 64 blocks of data; 0 (exact) off the GPU, where shapes are free."""
+        if not self.run.gpu:
+            return 0
+        picks = np.linspace(0, self.ends[-1] - 1, 64).astype(int)
+        counts = [len(cut_segments(self.block(i)[:-1], np.array([0]), self.cfg.train_seq_len, True)) for i in picks]
+        expected = self.micro * np.mean(counts) + 6 * np.sqrt(self.micro) * np.std(counts)
+        return 64 * math.ceil(expected / 64)
+
+    def block(self, index: int) -> np.ndarray:
+        """Block `index` of all shards: [PACK_TOKENS + 1] tokens, the last one only a target."""
+        shard = int(np.searchsorted(self.ends, index, side="right"))
+        at = (index - (self.ends[shard - 1] if shard else 0)) * self.pack
+        return np.asarray(self.shards[shard][at:at + self.pack + 1])
+
+    def block_at(self, place: int) -> np.ndarray:
+        """The block at a place of the endless sequence of permuted epochs."""
+        epoch, at = divmod(place, int(self.ends[-1]))
+        if self.order[0] != epoch:
+            rng = np.random.Generator(np.random.PCG64([self.cfg.seed, epoch]))
+            self.order = epoch, rng.permutation(int(self.ends[-1]))
+        return self.block(int(self.order[1][at]))
+
+    def make(self, step: int) -> list[Batch]:
+        """This rank's share of a step: ranks take consecutive blocks, so their union never depends on their number."""
+        share = self.per_step // self.run.world
+        first = step * self.per_step + self.run.rank * share
+        return [self.row([self.block_at(first + j) for j in range(i, i + self.micro)])
+                for i in range(0, share, self.micro)]
+
+    def row(self, blocks: list[np.ndarray]) -> Batch:
+        """Blocks side by side as one flat row."""
+        ids = np.concatenate([b[:-1] for b in blocks])
+        targets = np.concatenate([b[1:] for b in blocks])
+        forced = np.arange(len(blocks)) * self.pack
+        cu = cut_segments(ids, forced, self.cfg.train_seq_len, self.cfg.doc_isolation)
+        if self.room and len(cu) - 1 > self.room:  # rare; a new shape means one more compilation, so say it
+            self.room = 2 * self.room
+            self.run.warn(f"a row with {len(cu) - 1} segments: room doubled to {self.room}, one recompilation")
+        return make_batch(ids, targets, cu, self.cfg.train_seq_len, self.run, self.room)
+
+    def get(self, step: int) -> list[Batch]:
+        """The batches of a step; the next step's are made meanwhile on a thread."""
+        batches = self.ahead.pop(step).result() if step in self.ahead else self.make(step)
+        self.ahead = {step + 1: self.pool.submit(self.make, step + 1)}
+        return batches
+
+
+class ValidationSet:
+    """All validation tokens, where documents begin, and the bytes of every target."""
+
+    def __init__(self, cfg: Config, tokenizer: Tokenizer):
+        tokens = np.concatenate(find_shards(cfg.dataset, "val"))
+        if len(tokens) < 2 or tokens[0] != BOS:
+            raise SystemExit(f"validation shards in {cfg.dataset} do not begin with a document (BOS {BOS})")
+        if int(tokens.max()) >= cfg.vocab_size:
+            raise SystemExit(f"validation token {int(tokens.max())} >= VOCAB_SIZE={cfg.vocab_size}: another tokenizer's shards")
+        starts = np.flatnonzero(tokens == BOS)
+        if cfg.val_docs and cfg.val_docs < len(starts):  # the next BOS stays: it is the last document's last target
+            tokens, starts = tokens[:starts[cfg.val_docs] + 1], starts[:cfg.val_docs]
+        self.tokens, self.starts = tokens, starts
+        self.bytes = tokenizer.count_bytes(tokens)
+        self.targets = len(tokens) - 1
+        self.oracle = tokenizer.check_bytes(tokens[:-1] if cfg.val_docs else tokens, starts)
+        self.isolate = cfg.doc_isolation
+
+    @property
+    def sequences(self) -> np.ndarray:
+        """[n, 2] spans of input positions that a window must not leave: documents, or the whole stream as one."""
+        if not self.isolate:
+            return np.array([[0, self.targets]])
+        ends = np.append(self.starts[1:], self.targets)
+        spans = np.stack([self.starts, ends], 1)
+        return spans[spans[:, 1] > spans[:, 0]]
+
+    def fingerprint(self) -> dict:
+        """Identity of what is scored; equal fingerprints mean equal denominators."""
+        return {"documents": len(self.starts), "tokens": self.targets, "bytes": int(self.bytes.sum()),
+                "sha256": sha256(np.ascontiguousarray(self.tokens, "<u2").tobytes())}
+
+
+def build_local_corpus(cfg: Config, run: Run) -> None:
+    """Make the small corpus from text already on this machine (data/local_corpus.py) where it is not there yet."""
+    script = Path(__file__).resolve().parent / "data" / "local_corpus.py"
+    if run.main and not (cfg.dataset / "manifest.json").is_file():
+        if not script.is_file():
+            raise SystemExit(f"{cfg.dataset} is missing, and so is {script}, which would build it")
+        spec = importlib.util.spec_from_file_location("local_corpus", script)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.build(cfg.dataset.parent.parent, cfg.vocab_size, log=run.log)
+    run.agree(0.0)  # the other ranks wait for the files
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. KERNELS - for each operation an eager reference and the fast versions, behind one choice made at start-up. All take
+#    flat rows: q_THE, k_TKE, v_TKE, borders cu_S1 and the longest segment; causal within a segment, blind beyond it.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def attention_eager(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
+    """The definition, O(T^2) memory: softmax(q k^T / sqrt(E)) v over earlier tokens of the same segment. -> [T, H, E]"""
+    T, H, E = q.shape
+    place = torch.arange(T, device=q.device)
+    segment = torch.searchsorted(cu, place, right=True)
+    seen = (segment[:, None] == segment[None]) & (place[:, None] >= place[None])
+    k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))  # query head h reads kv head h // group
+    scores = torch.einsum("qhe,khe->hqk", q.float(), k.float()) / math.sqrt(E)
+    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+    return torch.einsum("hqk,khe->qhe", weights, v.float()).to(q.dtype)
+
+
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
+    """Segments padded to the longest, then torch's dense causal attention. Padding lies behind every real token."""
+    T, H, E = q.shape
+    place = cu[:-1, None] + torch.arange(longest, device=q.device)  # [S, longest]
+    rows = place.clamp(max=T - 1).flatten()
+    group = H // k.shape[1]
+    q_, k_, v_ = (x[rows].unflatten(0, place.shape).transpose(1, 2) for x in
+                  (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
+    y = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True).transpose(1, 2)
+    t = torch.arange(T, device=q.device)
+    segment = torch.searchsorted(cu, t, right=True) - 1
+    return y[segment, t - cu[segment]]
+
+
+def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
+    """torch's varlen attention (FlashAttention-2 inside); window (-1, 0) is its word for causal."""
+    from torch.nn.attention.varlen import varlen_attn
+    more = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), **more)
+
+
+def attention_fa3(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
+    """FlashAttention-3 (Hopper), its own torch operators."""
+    from flash_attn_interface import flash_attn_varlen_func
+    out = flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True,
+                                 deterministic=torch.are_deterministic_algorithms_enabled())
+    return out[0] if isinstance(out, tuple) else out
+
+
+# FlashAttention-4 compiles its own kernels at run time, which torch.compile cannot look into: as two opaque operators
+# with known output shapes it stays one node of the graph, forward and backward.
+@torch.library.custom_op("golf::fa4", mutates_args=())
+def fa4_op(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """Output [T, H, E] and log-sum-exp [H, T]."""
+    from flash_attn.cute.interface import _flash_attn_fwd
+    return tuple(_flash_attn_fwd(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest,
+                                 causal=True, return_lse=True)[:2])
+
+
+@fa4_op.register_fake
+def _(q, k, v, cu, longest):
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("golf::fa4_backward", mutates_args=())
+def fa4_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu: Tensor,
+                    longest: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    from flash_attn.cute.interface import _flash_attn_bwd
+    return tuple(_flash_attn_bwd(q, k, v, out, grad.contiguous(), lse, causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu,
+                                 max_seqlen_q=longest, max_seqlen_k=longest,
+                                 deterministic=torch.are_deterministic_algorithms_enabled())[:3])
+
+
+@fa4_backward_op.register_fake
+def _(grad, q, k, v, out, lse, cu, longest):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+
+
+def fa4_save(ctx, inputs, output):
+    ctx.longest = inputs[4]
+    ctx.save_for_backward(*inputs[:3], *output, inputs[3])
+
+
+def fa4_gradient(ctx, grad_out, grad_lse):
+    q, k, v, out, lse, cu = ctx.saved_tensors
+    return *torch.ops.golf.fa4_backward(grad_out, q, k, v, out, lse, cu, ctx.longest), None, None
+
+
+fa4_op.register_autograd(fa4_gradient, setup_context=fa4_save)
+
+
+def attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
+    """FlashAttention-4 (CuTe kernels, Hopper and later)."""
+    return torch.ops.golf.fa4(q, k, v, cu, longest)[0]
+
+
+ATTENTION = {"fa4": attention_fa4, "fa3": attention_fa3, "varlen": attention_varlen, "sdpa": attention_sdpa,
+             "eager": attention_eager}
+
+
+def try_attention(name: str, cfg: Config, run: Run) -> str:
+    """Run a backend forward and backward on four short segments; the error's text, empty if it agrees with eager."""
+    if name in HAVE and not (HAVE[name] and HAVE["cuda"]):
+        return "not installed" if not HAVE[name] else "needs a GPU"
+    cu = torch.tensor([0, 1, 70, 200, 256], dtype=torch.int32, device=run.device)
+    heads = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
+    rng = torch.Generator(run.device).manual_seed(0)
+    qkv = [torch.randn(256, h, cfg.head_dim, device=run.device, generator=rng).to(run.dtype).requires_grad_() for h in heads]
+    try:
+        got = ATTENTION[name](*qkv, cu, 256)
+        got.float().sum().backward()
+        error = float((got - attention_eager(*qkv, cu, 256)).detach().abs().max())
+        return "" if error < 0.05 else f"differs from the eager reference by {error:.3g}"
+    except Exception as e:  # whatever a kernel library throws here only means: take another one
+        return f"{type(e).__name__}: {str(e).splitlines()[0][:160] if str(e) else ''}"
+
+
+def choose_attention(cfg: Config, run: Run) -> Callable:
+    """The first backend that works here, printed with its reason; a named one that does not work stops the run."""
+    if cfg.attn_backend != "auto":
+        problem = try_attention(cfg.attn_backend, cfg, run)
+        if problem:
+            raise ConfigError(f"ATTN_BACKEND={cfg.attn_backend} does not work here: {problem}")
+        run.log(f"attention:{cfg.attn_backend} (asked for)")
+        return ATTENTION[cfg.attn_backend]
+    passed_over = []
+    for name in ATTENTION:
+        problem = try_attention(name, cfg, run)
+        if not problem:
+            break
+        passed_over.append(f"{name}: {problem}")
+    run.log(f"attention:{name} (first that works; passed over {'; '.join(passed_over) or 'none'})")
+    if run.gpu and name in ("sdpa", "eager"):
+        run.warn(f"attention falls back to {name}, several times slower than a varlen kernel")
+    return ATTENTION[name]
+
+
+def softcapped_nll(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """-log softmax(cap tanh(logits / cap))[target] in fp32. [T, V], [T] -> [T] nats"""
+    z = soft_cap(logits.float(), cap)
+    # a mask instead of a gather: its gradient is elementwise, so it fuses, and needs no atomics to be reproducible
+    own = torch.arange(z.shape[-1], device=z.device) == targets[:, None]
+    return z.logsumexp(-1) - z.where(own, 0.0).sum(-1)
+
+
+def soft_cap(logits: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+# Newton-Schulz coefficients (a, b, c) of X <- aX + (bA + cA^2)X, A = XX^T. Polar Express: per-iteration minimax
+# polynomials (arXiv 2505.16932, values as PR #1787 ran them); quintic: Jordan's single polynomial (Muon).
+POLAR = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061), (3.2858, -2.3681, 0.4645),
+         (2.3465, -1.7098, 0.4232))
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalize(g: Tensor, coefficients: tuple) -> Tensor:
+    """The nearest semi-orthogonal matrices, roughly: singular values to about 1. [N, R, C] -> [N, R, C]
+
+    bf16 on a GPU, where only the products' speed counts; fp32 elsewhere. Three batched GEMMs an iteration.
+    """
+    x = g.bfloat16() if g.is_cuda else g.float()
+    x = x.mT if g.shape[-2] > g.shape[-1] else x  # the smaller side's Gram matrix is the cheaper one
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for a, b, c in coefficients:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if g.shape[-2] > g.shape[-1] else x
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. LAYERS - the parts of a block. One Attention.forward serves training, scoring, test-time training, calibration and
+#    sampling. Weights are fp32 masters, cast where they are used. A forward asks `is not None`, never the config.
+# ----------------------------------------------------------------------------------------------------------------------
+NORM_EPS = 1.2e-7  # fp32 machine epsilon; torch's default for a bf16 input would leave small embeddings unnormalised
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMS norm over the last dimension, no weight."""
+    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
+
+
+class Linear(nn.Module):
+    """x W^T without bias; W [out, in] is an fp32 master."""
+
+    def __init__(self, out: int, into: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out, into))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Rotary(nn.Module):
+    """fp32 cosine and sine tables over positions within a segment; bf16 tables would merge neighbouring positions."""
+
+    def __init__(self, dims: int, base: float, longest: int):
+        super().__init__()
+        angle = torch.outer(torch.arange(longest).float(), base ** (-torch.arange(0, dims, 2).float() / dims))
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    def forward(self, pos: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cos[pos, None], self.sin[pos, None]  # [T, 1, dims/2]
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the first channels of each head, first half against second half; the rest carry no position. [T, H, E]"""
+    cos, sin = rope
+    half = cos.shape[-1]
+    a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), -1)
+    return torch.cat(((a * cos + b * sin).to(x.dtype), (b * cos - a * sin).to(x.dtype), rest), -1)
+
+
+def exclude_self(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: remove from each head's output its component along the token's own value. y [T, H, E], v [T, K, E]
+
+    A head can always copy its own token through the residual stream; this leaves attention to the others. (PR #287)
+    """
+    y_TKGE, v_TK1E = y.unflatten(1, (v.shape[1], -1)), v[:, :, None]
+    along = (y_TKGE * v_TK1E).sum(-1, keepdim=True) / (v_TK1E * v_TK1E).sum(-1, keepdim=True).clamp_min(1e-12)
+    return (y_TKGE - along * v_TK1E).flatten(1, 2)
+
+
+class GateKind(NamedTuple):
+    """gate_TH = outer * sigmoid(inner * (W x + bias)); reads: leading channels ("window"), all of them, or none."""
+    reads: str
+    outer: float
+    inner: float
+    bias: float | None
+
+
+# One row a gate. Only "out" is an exact identity at the start; "dense" starts at .982, "sparse" at one half.
+GATES = {
+    "scalar": GateKind("none", 1.0, 1.0, 1.0),  # a learned number a head, no sigmoid (PR #430)
+    "dense": GateKind("all", 1.0, 1.0, 4.0),  # PR #413
+    "out": GateKind("window", 2.0, 1.0, None),  # AttnOutGate, PR #1667
+    "sparse": GateKind("window", 1.0, 0.5, None),  # SparseAttnGate, PR #1787
+}
+
+
+class HeadGate(nn.Module):
+    """A factor for every head's output, from the block's normed input."""
+
+    def __init__(self, kind: str, heads: int, dim: int, window: int):
+        super().__init__()
+        reads, self.outer, self.inner, bias = GATES[kind]
+        self.width = {"none": 0, "window": window, "all": dim}[reads]
+        self.weight = nn.Parameter(torch.empty(heads, self.width)) if self.width else None
+        self.bias = nn.Parameter(torch.empty(heads)) if bias is not None else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, D] -> factors [T, H], or [H] for a gate that reads nothing."""
+        bias = self.bias.to(x.dtype) if self.bias is not None else None
+        if self.weight is None:
+            return bias
+        z = F.linear(x[:, :self.width], self.weight.to(x.dtype), bias)
+        return self.outer * torch.sigmoid(self.inner * z)
+
+
+class ValueMix(nn.Module):
+    """Value residual: mixes the first layer's values into this layer's (arXiv 2410.17897; PR #413, #569)."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.lambdas = nn.Parameter(torch.empty(2)) if kind == "mix" else None
+        self.alpha = nn.Parameter(torch.empty(1)) if kind == "sigmoid" else None
+
+    def forward(self, v: Tensor, v0: Tensor) -> Tensor:
+        if self.lambdas is not None:
+            first, own = self.lambdas.to(v.dtype)
+            return first * v0 + own * v
+        return v + torch.sigmoid(self.alpha).to(v.dtype) * v0
+
+
+class Attention(nn.Module):
+    """Grouped-query causal attention over segments, with normalised queries and keys."""
+
+    def __init__(self, cfg: Config, layer: int, attend: Callable):
+        super().__init__()
+        self.heads = cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads
+        self.qkv = Linear(sum(self.heads) * cfg.head_dim, cfg.model_dim)  # one GEMM; Muon sees three matrices (room 9)
+        self.o = Linear(cfg.model_dim, cfg.num_heads * cfg.head_dim)
+        self.q_gain = nn.Parameter(torch.empty(cfg.num_heads))
+        self.xsa = layer >= cfg.num_layers - cfg.xsa_last_n
+        self.gate = (HeadGate(cfg.attn_gate, cfg.num_heads, cfg.model_dim, cfg.gate_window)
+                     if cfg.attn_gate != "none" else None)
+        self.value_mix = ValueMix(cfg.value_residual) if cfg.value_residual != "none" and layer > 0 else None
+        self.gives_values = cfg.value_residual != "none" and layer == 0
+        self.attend = attend
+
+    def forward(self, x: Tensor, v0: Tensor | None, rope: tuple, cu: Tensor, longest: int) -> tuple[Tensor, Tensor | None]:
+        """x [T, D] -> (output [T, D], this layer's values [T, K, E] where later layers want them)."""
+        q, k, v = self.qkv(x).unflatten(-1, (sum(self.heads), -1)).split(self.heads, 1)
+        if self.value_mix is not None:
+            v = self.value_mix(v, v0)
+        q = rotate(norm(q), rope) * self.q_gain.to(x.dtype)[:, None]
+        y = self.attend(q, rotate(norm(k), rope), v, cu, longest)
+        if self.xsa:  # the same v that attention used
+            y = exclude_self(y, v)
+        if self.gate is not None:
+            y = y * self.gate(x)[..., None]
+        return self.o(y.flatten(1)), (v if self.gives_values else None)
+
+
+class MLP(nn.Module):
+    """Up, squared activation, down."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.up = Linear(cfg.hidden_dim, cfg.model_dim)
+        self.down = Linear(cfg.model_dim, cfg.hidden_dim)
+        self.slope = 0.5 if cfg.mlp_act == "leaky_relu2" else 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.leaky_relu(self.up(x), self.slope).square())
+
+
+class Block(nn.Module):
+    """Attention and MLP, one after the other or side by side, on one stream or two lanes."""
+
+    def __init__(self, cfg: Config, layer: int, attend: Callable):
+        super().__init__()
+        self.attn, self.mlp = Attention(cfg, layer, attend), MLP(cfg)
+        self.attn_scale = nn.Parameter(torch.empty(cfg.model_dim))
+        self.mlp_scale = nn.Parameter(torch.empty(cfg.model_dim))
+        self.resid_mix = nn.Parameter(torch.empty(2, cfg.model_dim))
+        # a buffer, not a float: compiled code is shared by all blocks, and a float would be a constant of each
+        depth_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
+        self.register_buffer("depth_scale", torch.tensor(depth_scale), persistent=False)
+        self.abreast = cfg.parallel_residual == "one" and layer >= cfg.parallel_start_layer
+
+    def forward(self, x: Tensor, lane: Tensor | None, x0: Tensor, v0: Tensor | None, rope: tuple, cu: Tensor,
+                longest: int, mix: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Stream x [T, D], second lane or None, input x0, first values v0; mix = (resid [2], post [2, 2]) with lanes.
+
+        Returns the new stream, the new second lane and this layer's values. (Two lanes: PR #1204.)
+        """
+        kept, fresh = self.resid_mix.to(x.dtype)
+        base = kept * x + fresh * x0
+        a, v = self.attn(norm(base) * self.depth_scale, v0, rope, cu, longest)
+        a = self.attn_scale.to(x.dtype) * a
+        if mix is not None:
+            lane = x if lane is None else lane
+            b = self.mlp_out(lane)
+            resid, post = mix[0].to(x.dtype), mix[1].to(x.dtype)
+            return (resid[0] * x + post[0, 0] * a + post[0, 1] * b,
+                    resid[1] * lane + post[1, 0] * a + post[1, 1] * b, v)
+        if self.abreast:
+            return base + a + self.mlp_out(base), None, v
+        x = base + a
+        return x + self.mlp_out(x), None, v
+
+    def mlp_out(self, x: Tensor) -> Tensor:
+        return self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * self.depth_scale)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. MODEL - input features, the plan of visits to physical layers (recurrence, skips, lanes), one forward, and what of
+#    it torch.compile sees. `looping` picks the plan; it is the only thing about a model that changes with time.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Visit(NamedTuple):
+    """One application of a physical layer: which skip row to merge before it, whether to push after it, lanes or not."""
+    layer: int
+    skip: int | None
+    push: bool
+    lanes: bool
+
+
+def layer_plan(cfg: Config, looping: bool) -> list[Visit]:
+    """The order in which layers run. With recurrence LOOP_START..LOOP_END run NUM_LOOPS more times (PR #1204)."""
+    order = list(range(cfg.num_layers))
+    if looping and cfg.num_loops:
+        loop = list(range(cfg.loop_start, cfg.loop_end + 1))
+        order = order[:cfg.loop_start] + loop * (cfg.num_loops + 1) + order[cfg.loop_end + 1:]
+    half = len(order) // 2
+    skips = cfg.unet_skips != "none"
+    lanes = cfg.parallel_residual == "two"
+    return [Visit(layer, i - half if skips and half <= i < 2 * half else None, skips and i < half,
+                  lanes and i >= half and layer >= cfg.parallel_start_layer) for i, layer in enumerate(order)]
+
+
+class BigramHash(nn.Module):
+    """An embedding of the hashed pair (previous, current) token; keys are inputs only, never the target (PR #374)."""
+
+    def __init__(self, rows: int, width: int, dim: int):
+        super().__init__()
+        self.table, self.proj = nn.Embedding(rows, width), Linear(dim, width)
+        self.scale = nn.Parameter(torch.empty(1))
+
+    def forward(self, ids: Tensor, pos: Tensor, dtype: torch.dtype) -> Tensor:
+        """ids [T], pos [T] -> [T, D]."""
+        rows = self.table.num_embeddings
+        mixed = (36313 * ids) ^ (27191 * ids.roll(1))
+        wrapped = (mixed + 2 ** 31) % 2 ** 32 - 2 ** 31  # int32 wrap-around, as the field's scripts hash
+        bucket = torch.where(pos > 0, wrapped.remainder(rows - 1), rows - 1)  # a segment's first token has no pair
+        return self.scale.to(dtype) * self.proj(self.table(bucket).to(dtype))
+
+
+class Smear(nn.Module):
+    """x_t += lambda sigmoid(w x_t[:window]) x_{t-1} within a document; lambda starts at 0 (PR #1667, mask: #1851)."""
+
+    def __init__(self, window: int):
+        super().__init__()
+        self.weight, self.scale = nn.Parameter(torch.empty(1, window)), nn.Parameter(torch.empty(1))
+
+    def forward(self, x: Tensor, ids: Tensor, pos: Tensor) -> Tensor:
+        w = self.weight.to(x.dtype)
+        gate = self.scale.to(x.dtype) * torch.sigmoid(F.linear(x[:, :w.shape[1]], w))
+        gate = gate * ((pos > 0) & (ids != BOS))[:, None]
+        return x + gate * x.roll(1, 0)
+
+
+class InputEmbedding(nn.Module):
+    """Tokens (and their features) to the normalised start of the residual stream."""
+
+    def __init__(self, cfg: Config, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+        self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim)
+        self.bigram = (BigramHash(cfg.bigram_vocab_size, cfg.bigram_dim, cfg.model_dim)
+                       if cfg.bigram_vocab_size else None)
+        self.smear_before = Smear(cfg.gate_window) if cfg.smear_gate == "pre" else None
+        self.smear_after = Smear(cfg.gate_window) if cfg.smear_gate == "post" else None
+
+    def forward(self, ids: Tensor, pos: Tensor) -> Tensor:
+        """ids [T], pos [T] -> x0 [T, D]."""
+        x = self.tok_emb(ids).to(self.dtype)
+        if self.bigram is not None:
+            x = x + self.bigram(ids, pos, self.dtype)
+        if self.smear_before is not None:
+            x = self.smear_before(x, ids, pos)
+        x = norm(x)
+        return self.smear_after(x, ids, pos) if self.smear_after is not None else x
+
+
+class SkipMerge(nn.Module):
+    """A U-Net skip: x + w * skip, or with a gate lerp(w * skip, x, sigmoid(g)), which starts half and half."""
+
+    def __init__(self, rows: int, dim: int, gated: bool):
+        super().__init__()
+        self.weights = nn.Parameter(torch.empty(rows, dim))
+        self.gates = nn.Parameter(torch.empty(rows, dim)) if gated else None
+
+    def forward(self, x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
+        skip = weight.to(x.dtype) * skip
+        return x + skip if gate is None else torch.lerp(skip, x, torch.sigmoid(gate).to(x.dtype))
+
+
+class Head(nn.Module):
+    """Hidden states to nats: softcapped logits over the vocabulary, tied to the embedding or with an own weight."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.cap = cfg.logit_softcap
+        self.weight = None if cfg.tie_embeddings else nn.Parameter(torch.empty(cfg.vocab_size, cfg.model_dim))
+
+    def forward(self, h: Tensor, targets: Tensor | None, tied: Tensor) -> Tensor:
+        """Per-token nats [T] fp32, or without targets the softcapped logits [T, V] fp32."""
+        weight = tied if self.weight is None else self.weight
+        logits = F.linear(h, weight.to(h.dtype))
+        return soft_cap(logits.float(), self.cap) if targets is None else softcapped_nll(logits, targets, self.cap)
+
+
+def call(module: nn.Module, *args):
+    """A module as a plain function: compiled once, it serves all modules of one shape."""
+    return module(*args)
+
+
+class GPT(nn.Module):
+    """The language model over flat rows of segments."""
+
+    def __init__(self, cfg: Config, attend: Callable = attention_sdpa, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.input = InputEmbedding(cfg, dtype)
+        self.rotary = Rotary(cfg.rotary_dims, cfg.rope_base, max(cfg.train_seq_len, cfg.eval_seq_len))
+        self.blocks = nn.ModuleList(Block(cfg, i, attend) for i in range(cfg.num_layers))
+        self.plans = layer_plan(cfg, False), layer_plan(cfg, True)
+        rows = len(self.plans[1]) // 2 if cfg.unet_skips != "none" else 0
+        self.skip = SkipMerge(rows, cfg.model_dim, cfg.unet_skips == "gated") if rows else None
+        two = cfg.parallel_residual == "two"
+        self.lane_resid = nn.Parameter(torch.empty(cfg.num_layers, 2)) if two else None
+        self.lane_post = nn.Parameter(torch.empty(cfg.num_layers, 2, 2)) if two else None
+        self.final_lane = {"attn": (1.0, 0.0), "mlp": (0.0, 1.0), "mean": (0.5, 0.5)}[cfg.parallel_final_lane]
+        self.head = Head(cfg)
+        self.looping = False
+        self.run: Callable = call
+
+    def hidden(self, ids: Tensor, pos: Tensor, cu: Tensor, longest: int) -> Tensor:
+        """The one forward: ids [T], pos [T], cu [S+1] -> normalised hidden states [T, D]."""
+        x0 = x = self.run(self.input, ids, pos)
+        rope, lane, v0, stack = self.rotary(pos), None, None, []
+        for visit in self.plans[self.looping]:
+            if visit.skip is not None:
+                gate = self.skip.gates[visit.skip] if self.skip.gates is not None else None
+                x = self.run(self.skip, x, stack.pop(), self.skip.weights[visit.skip], gate)
+            mix = (self.lane_resid[visit.layer], self.lane_post[visit.layer]) if visit.lanes else None
+            x, lane, v = self.run(self.blocks[visit.layer], x, lane, x0, v0, rope, cu, longest, mix)
+            v0 = v if v0 is None else v0
+            if visit.push:
+                stack.append(x)
+        if lane is not None:
+            x = self.final_lane[0] * x + self.final_lane[1] * lane
+        return norm(x)
+
+    def nll(self, ids: Tensor, targets: Tensor, pos: Tensor, cu: Tensor, longest: int) -> Tensor:
+        """Nats of every target: [T] fp32."""
+        return self.run(self.head, self.hidden(ids, pos, cu, longest), targets, self.input.tok_emb.weight)
+
+    def logits(self, ids: Tensor, pos: Tensor, cu: Tensor, longest: int) -> Tensor:
+        """Softcapped logits [T, V] fp32; their softmax is the whole predictive distribution."""
+        return self.run(self.head, self.hidden(ids, pos, cu, longest), None, self.input.tok_emb.weight)
+
+
+def compile_model(model: GPT, cfg: Config, run: Run) -> None:
+    """Give torch.compile a block at a time (one compilation serves all alike), or the whole network, or nothing."""
+    how = cfg.compile_scope if cfg.compile_scope != "auto" else ("block" if run.gpu else "none")
+    torch._dynamo.config.recompile_limit = 64  # training, scoring and adaptation each have their own few variants
+    if how == "block":
+        model.run = torch.compile(call, dynamic=False, fullgraph=True)
+    elif how == "full":
+        model.nll = torch.compile(model.nll, dynamic=False, fullgraph=True)
+    run.log(f"compile:{how}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. PARAMETER TABLE - one row a kind of parameter decides its start, its optimiser group and its quantiser. Every
+#    parameter matches exactly one row; names of parameters stand here and nowhere else.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """pattern: full match of the name; init: (tensor, generator) -> None, in place; group: optimiser; quant: quantiser.
+
+    split: heights of the matrices stacked in one weight; sees: the module whose input this weight multiplies, empty for
+    the module that owns it (its Hessian is collected there).
+    """
+    pattern: str
+    init: Callable[[Tensor, torch.Generator], object]
+    group: str = "scalar"
+    quant: str = "keep"
+    split: tuple[int, ...] = ()
+    sees: str = ""
+
+
+def orthogonal(w: Tensor, rng: torch.Generator) -> None:
+    nn.init.orthogonal_(w, generator=rng)
+
+
+def constant(*values: float) -> Callable:
+    """Fill with one value, or the first rows with one value each."""
+    def fill(w: Tensor, rng: torch.Generator) -> None:
+        w.copy_(torch.tensor(values).reshape(-1, *[1] * (w.dim() - 1)).expand_as(w))
+    return fill
+
+
+def normal(std: float) -> Callable:
+    return lambda w, rng: w.normal_(0, std, generator=rng)
+
+
+def parameter_table(cfg: Config) -> list[Row]:
+    """All rows. Output projections start at zero, so that every block starts as the identity."""
+    gate_bias = GATES[cfg.attn_gate].bias if cfg.attn_gate != "none" else 0
+    heads = tuple(h * cfg.head_dim for h in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads))
+    zero, one = constant(0), constant(1)
+    return [
+        Row(r"input\.tok_emb\.weight", normal(cfg.tied_embed_init_std), "embed", "embed",
+            sees="head" if cfg.tie_embeddings else "none"),
+        Row(r"head\.weight", zero, "head", "embed"),
+        Row(r"input\.bigram\.table\.weight", zero, "embed", "table"),
+        # not zero: a zero table behind a zero projection would never receive a gradient
+        Row(r"input\.bigram\.proj\.weight", orthogonal, "matrix", "attn"),
+        Row(r"input\.bigram\.scale", constant(0.05)),
+        Row(r"input\.smear_\w+\.(weight|scale)", zero),
+        Row(r"blocks\.\d+\.attn\.qkv\.weight", orthogonal, "matrix", "attn", split=heads),
+        Row(r"blocks\.\d+\.attn\.o\.weight", zero, "matrix", "attn"),
+        Row(r"blocks\.\d+\.mlp\.up\.weight", orthogonal, "matrix", "mlp"),
+        Row(r"blocks\.\d+\.mlp\.down\.weight", zero, "matrix", "mlp"),
+        Row(r"blocks\.\d+\.attn\.q_gain", constant(cfg.qk_gain_init)),
+        Row(r"blocks\.\d+\.attn\.gate\.weight", zero),  # two dimensions, but not a matrix for Muon
+        Row(r"blocks\.\d+\.attn\.gate\.bias", constant(gate_bias or 0)),
+        Row(r"blocks\.\d+\.attn\.value_mix\.lambdas", constant(0.5)),
+        Row(r"blocks\.\d+\.attn\.value_mix\.alpha", zero),
+        Row(r"blocks\.\d+\.(attn|mlp)_scale", one),
+        Row(r"blocks\.\d+\.resid_mix", constant(1, 0)),
+        Row(r"skip\.weights", one),
+        Row(r"skip\.gates", zero),
+        Row(r"lane_resid", constant(1.1)),
+        Row(r"lane_post", one),
+    ]
+
+
+def rows_of(model: nn.Module, cfg: Config) -> dict[str, Row]:
+    """name -> its row; RuntimeError for a parameter that no row or more than one row matches."""
+    table, found = parameter_table(cfg), {}
+    for name, _ in model.named_parameters():
+        rows = [r for r in table if re.fullmatch(r.pattern, name)]
+        if len(rows) != 1:
+            raise RuntimeError(f"parameter {name} matches {len(rows)} rows of the table, must be 1")
+        found[name] = rows[0]
+    return found
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, cfg: Config) -> None:
+    """Every parameter from its row and SEED, on the CPU so that all machines start alike."""
+    rng = torch.Generator().manual_seed(cfg.seed)
+    for (name, p), row in zip(model.named_parameters(), rows_of(model, cfg).values()):
+        p.fill_(math.nan)
+        for part in p.split(row.split) if row.split else (p,):
+            row.init(part, rng)
+        if not torch.isfinite(p).all():
+            raise RuntimeError(f"parameter {name} was not initialised")
+
+
+def describe_table(model: nn.Module, cfg: Config) -> list[str]:
+    """One line a row that is used: tensors, parameters, group, quantiser."""
+    used: dict[Row, list[int]] = {}
+    for (_, p), row in zip(model.named_parameters(), rows_of(model, cfg).values()):
+        used.setdefault(row, []).append(p.numel())
+    return [f"  {r.pattern:42s} {len(n):3d} tensors {sum(n):9d} parameters  {r.group:6s} {r.quant}" for r, n in used.items()]
+
+
+def adapted_names(model: nn.Module, cfg: Config) -> set[str]:
+    """Parameters that test-time training moves (TTT_PARAMS)."""
+    rows = rows_of(model, cfg)
+    last = tuple(f"blocks.{i}." for i in range(cfg.num_layers - cfg.ttt_unfreeze_blocks, cfg.num_layers))
+    chosen = {"all": lambda n: True, "control": lambda n: rows[n].group == "scalar",
+              "last": lambda n: rows[n].group == "scalar" or n.startswith(last)}[cfg.ttt_params]
+    return {n for n in rows if chosen(n)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. OPTIMISERS AND SCHEDULES - Muon for matrices, batched over equal shapes and sharded over ranks; AdamW for the rest.
+#     Schedules are pure functions of progress in [0, 1]; what was configured and never fired is reported at the end.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def lr_multiplier(p: float, warmdown: float, floor: float) -> float:
+    """1 until the last `warmdown` of the run, then a straight line to `floor` at its end."""
+    if p <= 1 - warmdown or warmdown == 0:
+        return 1.0
+    return floor + (1 - floor) * max(0.0, 1 - p) / warmdown
+
+
+def momentum_at(p: float, start: float, end: float, warmup: float) -> float:
+    """A straight line from `start` to `end` over the first `warmup` of the run."""
+    return end if p >= warmup else start + (end - start) * p / warmup
+
+
+class Values(NamedTuple):
+    """What the schedules say at one moment."""
+    lr: float
+    momentum: float
+    looping: bool
+
+
+class Schedules:
+    """All schedules of a run, and when each first left its starting value."""
+
+    def __init__(self, cfg: Config):
+        self.cfg = cfg
+        # name -> whether this configuration expects it to happen
+        self.expected = {"warmdown": cfg.warmdown_frac > 0 and cfg.min_lr < 1, "looping": cfg.num_loops > 0,
+                         "momentum_warmup": cfg.muon_momentum_warmup_frac > 0, "swa": cfg.average == "swa"}
+        self.fired: dict[str, float] = {}
+
+    def at(self, p: float) -> Values:
+        """The values at progress p, noting what fires."""
+        c = self.cfg
+        v = Values(lr_multiplier(p, c.warmdown_frac, c.min_lr),
+                   momentum_at(p, c.muon_momentum_warmup_start, c.muon_momentum, c.muon_momentum_warmup_frac),
+                   c.num_loops > 0 and p >= c.enable_looping_at)
+        for name, on in (("warmdown", v.lr < 1), ("looping", v.looping), ("swa", p >= c.swa_start_frac),
+                         ("momentum_warmup", v.momentum != c.muon_momentum_warmup_start)):
+            if on:
+                self.fired.setdefault(name, p)
+        return v
+
+    def report(self) -> tuple[str, list[str]]:
+        """(one line, names of expected schedules that never fired)"""
+        words = [f"{n} fired@{self.fired[n]:.3f}" if n in self.fired else f"{n} never"
+                 for n, wanted in self.expected.items() if wanted]
+        return "schedules: " + ", ".join(words), [w.split()[0] for w in words if w.endswith("never")]
+
+
+class Muon:
+    """Momentum orthogonalised by Newton-Schulz, for lists of equally shaped matrices (Jordan 2024; row norm: MuonEq-R).
+
+    Matrices of one shape form one batch, padded to a multiple of the ranks; each rank reduces, orthogonalises and
+    returns its own slice of it (reduce-scatter, all-gather), so neither work nor momentum is held twice.
+    """
+
+    def __init__(self, params: list[tuple[nn.Parameter, tuple[int, ...]]], cfg: Config, run: Run):
+        self.cfg, self.run = cfg, run
+        shapes: dict[tuple, list] = {}
+        for p, split in params:
+            for i, rows in enumerate(split or (p.shape[0],)):
+                shapes.setdefault((rows, p.shape[1]), []).append((p, sum(split[:i]), rows))
+        self.banks = list(shapes.items())
+        polar = POLAR + (POLAR[-1],) * max(cfg.muon_backend_steps - len(POLAR), 0)
+        self.coefficients = (polar if cfg.muon_coefficients == "polar" else
+                             (QUINTIC,) * cfg.muon_backend_steps)[:cfg.muon_backend_steps]
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all momentum (after the compile warm-up)."""
+        self.momenta: list[Tensor | None] = [None] * len(self.banks)
+
+    def reduce(self) -> tuple[list[Tensor], Tensor]:
+        """(this rank's slice of every bank's mean gradient, the squares' sum over this rank's slices)"""
+        shards = []
+        for (rows, cols), members in self.banks:
+            grads = [p.grad[at:at + n] for p, at, n in members]
+            missing = -len(grads) % self.run.world
+            bank = torch.stack(grads + [torch.zeros_like(grads[0])] * missing)
+            if self.run.world > 1:
+                shard = bank.new_empty(bank.shape[0] // self.run.world, rows, cols)
+                dist.reduce_scatter_tensor(shard, bank)
+                bank = shard.div_(self.run.world)
+            shards.append(bank)
+        return shards, sum(s.square().sum() for s in shards)
+
+    def step(self, shards: list[Tensor], scale: Tensor, lr: float, momentum: float) -> None:
+        """Update all matrices from reduced gradients times `scale` (the clip factor, a device scalar)."""
+        for i, ((rows, cols), members) in enumerate(self.banks):
+            g = shards[i].mul_(scale)
+            buf = self.momenta[i] = g.clone() if self.momenta[i] is None else self.momenta[i].mul_(momentum).add_(g)
+            u = g.add(buf, alpha=momentum)  # Nesterov
+            if self.cfg.muon_row_normalize:
+                u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+            u = orthogonalize(u, self.coefficients)
+            if self.run.world > 1:
+                full = u.new_empty(u.shape[0] * self.run.world, rows, cols)
+                dist.all_gather_into_tensor(full, u.contiguous())
+                u = full
+            weights = [p.data[at:at + n] for p, at, n in members]
+            torch._foreach_mul_(weights, 1 - lr * self.cfg.muon_wd)
+            updates = [x.to(weights[0].dtype) for x in u[:len(weights)].unbind(0)]
+            torch._foreach_add_(weights, updates, alpha=-lr * math.sqrt(max(1.0, rows / cols)))
+
+
+class Optimizers:
+    """Muon and AdamW over one model by the parameter table; gradients are clipped after they are reduced."""
+
+    def __init__(self, model: GPT, cfg: Config, run: Run):
+        self.cfg, self.run = cfg, run
+        rows = rows_of(model, cfg)
+        by_group: dict[str, list] = {}
+        for name, p in model.named_parameters():
+            by_group.setdefault(rows[name].group, []).append((p, rows[name].split))
+        self.groups = {g: [p for p, _ in members] for g, members in by_group.items()}
+        self.muon = Muon(by_group.get("matrix", []), cfg, run)
+        self.small = [p for g, ps in self.groups.items() if g != "matrix" for p in ps]
+        rates = {"embed": (cfg.tied_embed_lr, cfg.embed_wd), "head": (cfg.head_lr, cfg.adam_wd),
+                 "scalar": (cfg.scalar_lr, cfg.adam_wd)}
+        self.adam = torch.optim.AdamW(
+            [{"params": self.groups[g], "base": lr, "lr": lr, "weight_decay": wd} for g, (lr, wd) in rates.items()
+             if g in self.groups], betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
+        covered = {id(p) for ps in self.groups.values() for p in ps}
+        assert covered == {id(p) for p in model.parameters()}, "a parameter is optimised twice or not at all"
+
+    def reset(self) -> None:
+        """Back to the state before the first step."""
+        self.muon.reset()
+        self.adam.state.clear()
+
+    def step(self, v: Values) -> Tensor:
+        """Reduce, clip, update. Returns the global gradient norm before clipping, a device scalar."""
+        if self.run.world > 1:  # one all-reduce for all small gradients
+            flat = torch.cat([p.grad.flatten() for p in self.small])
+            self.run.sum_(flat).div_(self.run.world)
+            for p, g in zip(self.small, flat.split([p.numel() for p in self.small])):
+                p.grad.copy_(g.view_as(p))
+        shards, square = self.muon.reduce()
+        norms = torch._foreach_norm([p.grad for p in self.small])
+        norm = (self.run.sum_(square) + torch.stack(norms).square().sum()).sqrt()
+        clip = self.cfg.grad_clip_norm
+        scale = (clip / norm.clamp_min(clip)) if clip else torch.ones_like(norm)  # min(1, clip / norm), NaN stays NaN
+        torch._foreach_mul_([p.grad for p in self.small], scale)
+        for group in self.adam.param_groups:
+            group["lr"] = group["base"] * v.lr
+        self.adam.step()
+        self.muon.step(shards, scale, self.cfg.matrix_lr * v.lr, v.momentum)
+        return norm
+
+    def zero_grad(self) -> None:
+        for ps in self.groups.values():
+            for p in ps:
+                p.grad = None
+
+    def group_norms(self) -> dict[str, float]:
+        """Norm of weights and of the local gradient of each group, for the report of a run that went wrong."""
+        return {f"{g} {what}": float(torch.stack(torch._foreach_norm(ts)).norm())
+                for g, ps in self.groups.items() for what, ts in
+                (("weights", [p.data for p in ps]), ("gradient", [p.grad for p in ps if p.grad is not None])) if ts}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 11. WEIGHT AVERAGING - the weights that are packed are an average over the end of the run, in fp32.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Average:
+    """none: the weights themselves; ema: exponential with a horizon in progress; swa: plain mean after a start.
+
+    The EMA forgets by progress, not by step: a run of 500 steps and one of 5,000 remember the same share of themselves.
+    """
+
+    def __init__(self, cfg: Config, model: nn.Module):
+        self.cfg, self.params, self.count = cfg, [p.data for p in model.parameters()], 0
+        self.shadow = [p.clone() for p in self.params] if cfg.average != "none" else self.params
+
+    def update(self, p: float, dp: float) -> None:
+        """After a step that moved progress by dp to p."""
+        if self.cfg.average == "ema":
+            decay = self.cfg.ema_decay or math.exp(-dp / max(self.cfg.ema_horizon, 1e-9))
+            torch._foreach_lerp_(self.shadow, self.params, 1 - decay)
+        elif self.cfg.average == "swa" and (p >= self.cfg.swa_start_frac or not self.count):
+            self.count += p >= self.cfg.swa_start_frac  # until then the shadow just follows
+            torch._foreach_lerp_(self.shadow, self.params, 1 / max(self.count, 1))
+
+    def apply(self) -> None:
+        """Put the average into the model."""
+        if self.shadow is not self.params:
+            torch._foreach_copy_(self.params, self.shadow)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 12. QUANTISATION - GPTQ (arXiv 2210.17323) with SDClip steps (PR #1394): Hessians of what each weight multiplies, by
+#     hooks on the one model; equal shapes are solved as one batch. q is an integer in [-qmax, qmax], weight = q * step.
+# ----------------------------------------------------------------------------------------------------------------------
+DAMP = 0.01  # of the mean diagonal, added before the Cholesky factorisation
+COLUMNS = 128  # columns solved between two updates of the remaining ones
+
+
+class Quantized(NamedTuple):
+    """q [R, C] int8 and step [R] fp16 (fp16 because that is what is stored)."""
+    q: Tensor
+    step: Tensor
+
+    def dense(self) -> Tensor:
+        return self.q.float() * self.step.float()[:, None]
+
+
+def quantized_rows(model: nn.Module, cfg: Config) -> dict[str, Row]:
+    """The parameters that are stored as integers; the rest is stored as fp16."""
+    return {n: r for n, r in rows_of(model, cfg).items() if r.quant != "keep"}
+
+
+def quant_spec(cfg: Config, kind: str) -> tuple[int, float]:
+    """(qmax, clip in row standard deviations) of a quantiser column of the parameter table."""
+    bits, sigmas = {"attn": (cfg.matrix_bits, cfg.attn_clip_sigmas), "mlp": (cfg.matrix_bits, cfg.mlp_clip_sigmas),
+                    "embed": (cfg.embed_bits, cfg.embed_clip_sigmas), "table": (cfg.embed_bits, cfg.embed_clip_sigmas)}[kind]
+    return 2 ** (bits - 1) - 1, sigmas
+
+
+@torch.no_grad()
+def collect_hessians(model: GPT, cfg: Config, batches: list[Batch], run: Run) -> dict[str, Tensor]:
+    """Mean of x x^T over tokens, visits and ranks for every quantised weight: name -> [C, C] fp32.
+
+    Runs the model eagerly on training data in the form it is used in at the end (recurrence on).
+    """
+    sums: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+
+    def watch(name: str):
+        def hook(module, args):
+            x = args[0].flatten(0, -2).float()  # bf16 products are exact in TF32
+            sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
+        return hook
+
+    owners = {n: row.sees or n.rpartition(".")[0] for n, row in quantized_rows(model, cfg).items()}
+    hooks = [modules[m].register_forward_pre_hook(watch(n)) for n, m in owners.items()
+             if m in modules and not isinstance(modules[m], nn.Embedding)]
+    model.looping = cfg.num_loops > 0
+    with torch.compiler.set_stance("force_eager"):
+        for batch in batches:
+            model.nll(*batch)
+    for h in hooks:
+        h.remove()
+    tokens = sum(b.ids.numel() for b in batches) * run.world
+    return {n: run.sum_(h).div_(tokens) for n, h in sums.items()}
+
+
+class Factored(NamedTuple):
+    """A batch of Hessians made ready: column order [N, C], upper Cholesky factor of the inverse [N, C, C], dead [N, C]."""
+    order: Tensor
+    upper: Tensor
+    dead: Tensor
+
+
+def factor_hessians(h: Tensor) -> Factored:
+    """Order columns by falling diagonal and factor the damped inverse. [N, C, C]
+
+    Columns whose inputs are always zero do not matter; their diagonal becomes 1 and their weights 0.
+    """
+    h = h.clone()
+    diagonal = h.diagonal(dim1=1, dim2=2)  # a view: writes below go into h
+    dead = diagonal == 0
+    diagonal.masked_fill_(dead, 1.0)
+    order = diagonal.argsort(dim=1, descending=True, stable=True)
+    h = torch.take_along_dim(torch.take_along_dim(h, order[:, :, None], 1), order[:, None, :], 2)
+    mean = h.diagonal(dim1=1, dim2=2).mean(1)
+    eye = torch.eye(h.shape[-1], device=h.device)
+    for damp in (DAMP, 10 * DAMP, 100 * DAMP):  # more only if fp32 finds the matrix indefinite
+        lower, bad = torch.linalg.cholesky_ex(h + damp * mean[:, None, None] * eye)
+        if not bad.any():
+            upper, bad = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not bad.any():
+                return Factored(order, upper, dead)
+    raise RuntimeError("a Hessian stays indefinite at damping 1.0; was the calibration data degenerate?")
+
+
+def gptq(w: Tensor, f: Factored, step: Tensor, qmax: int) -> Tensor:
+    """Round columns one by one, feeding each error into the columns not yet rounded. w [N, R, C], step [N, R] -> int8
+
+    The error of column j, over the factor's diagonal, times the factor's row j is the optimal correction.
+    """
+    w = torch.take_along_dim(w.float().masked_fill(f.dead[:, None], 0.0), f.order[:, None], 2)
+    q, width = torch.empty_like(w), w.shape[2]
+    for a in range(0, width, COLUMNS):
+        b = min(a + COLUMNS, width)
+        errors = torch.empty_like(w[:, :, a:b])
+        for j in range(a, b):
+            q[:, :, j] = (w[:, :, j] / step).round().clamp(-qmax, qmax)
+            e = (w[:, :, j] - q[:, :, j] * step) / f.upper[:, j, j, None]
+            w[:, :, j:b] -= e[:, :, None] * f.upper[:, j, None, j:b]
+            errors[:, :, j - a] = e
+        w[:, :, b:] -= errors @ f.upper[:, a:b, b:]
+    return torch.take_along_dim(q, f.order.argsort(1)[:, None], 2).to(torch.int8)
+
+
+class Quantizer:
+    """Holds weights and factored Hessians, so that a search over step sizes pays for factoring once."""
+
+    def __init__(self, model: nn.Module, cfg: Config, hessians: dict[str, Tensor], run: Run):
+        self.cfg = cfg
+        weights = {n: p.detach() for n, p in model.named_parameters()}
+        self.kept = {n: p for n, p in weights.items() if n not in quantized_rows(model, cfg)}
+        batches: dict[tuple, list[str]] = {}
+        for n, row in quantized_rows(model, cfg).items():
+            solved = cfg.quantizer == "gptq" and n in hessians
+            batches.setdefault((row.quant, tuple(weights[n].shape), solved), []).append(n)
+        self.batches = [(kind, names, torch.stack([weights[n] for n in names]),
+                         factor_hessians(torch.stack([hessians[n] for n in names])) if solved else None,
+                         torch.stack([hessians[n] for n in names]) if solved else None)
+                        for (kind, _, solved), names in batches.items()]
+        rounded = [n for (_, _, solved), names in batches.items() if not solved for n in names]
+        if rounded:
+            run.log(f"quantise: {len(rounded)} tensors by plain rounding: {rounded[0]}, ...")
+
+    @property
+    def weights(self) -> int:
+        return sum(w.numel() for _, _, w, _, _ in self.batches)
+
+    def solve(self, coarser: float = 1.0) -> tuple[dict[str, Quantized], dict[str, float]]:
+        """All tensors with every step times `coarser`; also the relative output error of each quantiser column."""
+        out, wrong, total = {}, {}, {}
+        for kind, names, w, factors, h in self.batches:
+            qmax, sigmas = quant_spec(self.cfg, kind)
+            step = (coarser * sigmas / qmax * w.float().std(-1)).clamp_min(1e-7).half()
+            q = (gptq(w, factors, step.float(), qmax) if factors is not None else
+                 (w / step.float()[..., None]).round().clamp(-qmax, qmax).to(torch.int8))
+            out |= {n: Quantized(q[i], step[i]) for i, n in enumerate(names)}
+            if h is not None:  # tr((W - Q) H (W - Q)^T) over tr(W H W^T)
+                e = w - q * step.float()[..., None]
+                wrong[kind] = wrong.get(kind, 0.0) + float(((e @ h) * e).sum())
+                total[kind] = total.get(kind, 0.0) + float(((w @ h) * w).sum())
+        return out, {k: wrong[k] / max(total[k], 1e-30) for k in wrong}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 13. ARTIFACT - one file: magic, checksum, manifest, entropy-coded sections; no pickle. Its size and that of the packed
+#     code are counted on the bytes that are written. Where they are over the cap, steps are coarsened until they fit.
+# ----------------------------------------------------------------------------------------------------------------------
+ARTIFACT_MAGIC = b"PGOLF\x00\x01\n"
+PACKED_MARK = "# packed by train_gpt.py"
+
+
+def codecs() -> dict[str, tuple[int, Callable[[bytes], bytes], Callable[[bytes], bytes]]]:
+    """name -> (id in the file, compress, decompress) of every entropy coder that is installed."""
+    table = {"zlib": (0, lambda b: zlib.compress(b, 9), zlib.decompress),
+             "lzma": (1, lambda b: lzma.compress(b, preset=9), lzma.decompress)}
+    if HAVE["brotli"]:
+        import brotli
+        table["brotli"] = (2, lambda b: brotli.compress(b, quality=11, lgwin=24), brotli.decompress)
+    if HAVE["zstd"]:
+        import zstandard
+        table["zstd"] = (3, lambda b: zstandard.ZstdCompressor(level=22).compress(b),
+                         lambda b: zstandard.ZstdDecompressor().decompress(b))
+    return table
+
+
+def codec_names(wanted: str, run: Run) -> list[str]:
+    """Coders to try. A named one that is not installed stops the run: falling back would change the size silently."""
+    have = codecs()
+    if wanted != "auto":
+        if wanted not in have:
+            raise ConfigError(f"COMPRESSOR={wanted} is not installed; pip install -r requirements.txt")
+        return [wanted]
+    missing = [n for n in ("brotli", "zstd") if n not in have]
+    if missing:
+        run.warn(f"COMPRESSOR=auto goes without {', '.join(missing)} (not installed): the artifact may be larger")
+    return [n for n in ("brotli", "zstd", "lzma") if n in have]
+
+
+def encode_section(data: bytes, names: list[str]) -> bytes:
+    """The smallest coding: id, raw length, coded length (little-endian u8, u32, u32), payload."""
+    table = codecs()
+    number, best = min(((table[n][0], table[n][1](data)) for n in names), key=lambda x: len(x[1]))
+    return struct.pack("<BII", number, len(data), len(best)) + best
+
+
+def shuffle_bytes(a: np.ndarray) -> bytes:
+    """fp16 values as all low bytes, then all high bytes: exponents next to exponents compress better."""
+    return np.ascontiguousarray(a, "<f2").view(np.uint8).reshape(-1, 2).T.tobytes()
+
+
+def unshuffle_bytes(data: bytes) -> np.ndarray:
+    return np.ascontiguousarray(np.frombuffer(data, np.uint8).reshape(2, -1).T).view("<f2").reshape(-1)
+
+
+def build_artifact(tensors: dict[str, Quantized], kept: dict[str, Tensor], meta: dict, names: list[str]) -> tuple[bytes, dict]:
+    """(file, bytes by part). Sections: manifest, all fp16 values, then one for every integer tensor, coded in parallel."""
+    halves = {**{n: t.step for n, t in tensors.items()}, **kept}
+    manifest = {**meta, "integers": {n: list(t.q.shape) for n, t in tensors.items()},
+                "halves": {n: list(t.shape) for n, t in halves.items()}}
+    flat = torch.cat([t.detach().half().flatten().cpu() for t in halves.values()]).numpy()
+    raw = [json.dumps(manifest, separators=(",", ":")).encode(), shuffle_bytes(flat)]
+    raw += [t.q.cpu().numpy().tobytes() for t in tensors.values()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the coders release the interpreter lock
+        sections = list(pool.map(lambda b: encode_section(b, names), raw))
+    body = struct.pack("<I", len(sections)) + b"".join(sections)
+    parts = {"manifest": len(sections[0]), "scales and fp16": len(sections[1])}
+    for n, s in zip(tensors, sections[2:]):
+        part = re.sub(r"\.\d+\.", ".", n)
+        parts[part] = parts.get(part, 0) + len(s)
+    return ARTIFACT_MAGIC + hashlib.sha256(body).digest() + body, parts
+
+
+def read_artifact(data: bytes) -> tuple[dict, dict[str, Tensor]]:
+    """(manifest, dense fp32 weights by name). SystemExit says whether a file is foreign, truncated or altered."""
+    if data[:8] != ARTIFACT_MAGIC:
+        raise SystemExit("artifact: not a file of this program (its first bytes differ)")
+    body = data[40:]
+    if hashlib.sha256(body).digest() != data[8:40]:
+        raise SystemExit(f"artifact: truncated or altered (checksum of its {len(data)} bytes differs)")
+    known = {number: (name, decode) for name, (number, _, decode) in codecs().items()}
+    coded, at = [], 4
+    for _ in range(struct.unpack_from("<I", body)[0]):
+        number, size, packed = struct.unpack_from("<BII", body, at)
+        if number not in known:
+            raise SystemExit(f"artifact: section coded with coder {number}, which is not installed; pip install -r requirements.txt")
+        coded.append((known[number][1], body[at + 9:at + 9 + packed]))
+        at += 9 + packed
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sections = list(pool.map(lambda c: c[0](c[1]), coded))
+    manifest = json.loads(sections[0])
+    flat = torch.from_numpy(unshuffle_bytes(sections[1]).astype(np.float32))
+    sizes = [math.prod(s) for s in manifest["halves"].values()]
+    weights = {n: t.reshape(s) for (n, s), t in zip(manifest["halves"].items(), flat.split(sizes))}
+    for (n, shape), data in zip(manifest["integers"].items(), sections[2:]):
+        q = torch.from_numpy(np.frombuffer(data, np.int8).reshape(shape).copy())
+        weights[n] = Quantized(q, weights[n]).dense()
+    return manifest, weights
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Fill every parameter; RuntimeError if names or shapes differ."""
+    params = dict(model.named_parameters())
+    if params.keys() != weights.keys():
+        raise RuntimeError(f"artifact and model differ in {sorted(params.keys() ^ weights.keys())[:5]}")
+    with torch.no_grad():
+        for n, p in params.items():
+            p.copy_(weights[n])
+
+
+def pack_code(source: str) -> bytes:
+    """This file without comments and docstrings, compressed, as a Python file that runs: the code that is counted.
+
+    Deterministic. The unpacked source stays visible to `inspect` (through linecache), as kernel compilers need it.
+    """
+    if source.startswith(PACKED_MARK):
+        return source.encode()
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    text = base64.b85encode(lzma.compress(ast.unparse(tree).encode(), preset=9 | lzma.PRESET_EXTREME)).decode()
+    return (f"{PACKED_MARK}; the readable source is in the log of the run\n"
+            "import base64,linecache,lzma\n"
+            f"s=lzma.decompress(base64.b85decode({text!r})).decode()\n"
+            "n=__file__+'!unpacked'\n"
+            "linecache.cache[n]=(len(s),None,s.splitlines(True),n)\n"
+            "exec(compile(s,n,'exec'))\n").encode()
+
+
+def coded_bits(tensors: dict[str, Quantized]) -> float:
+    """Order-0 entropy of all integers, tensor by tensor: what a good coder spends, in bits."""
+    bits = 0.0
+    for t in tensors.values():
+        counts = torch.bincount(t.q.flatten().int() + 128, minlength=256).double()
+        bits -= float((counts * (counts / counts.sum()).clamp_min(1e-12).log2()).sum())
+    return bits
+
+
+def fit_artifact(quantizer: Quantizer, meta: dict, cfg: Config, run: Run) -> tuple[bytes, dict, float]:
+    """Pack; while code + model are over the cap, coarsen all steps. -> (artifact, bytes by part, coarsening).
+
+    Coding is slow and its size follows the entropy of the integers, so each try solves for the entropy that would fit
+    and only then codes.
+    """
+    names, code = codec_names(cfg.compressor, run), len(pack_code(SOURCE))
+    coarser, limit = 1.0, None
+    for attempt in range(6):
+        if limit is not None:
+            coarser = coarsen_to(quantizer, limit, coarser)
+        tensors, errors = quantizer.solve(coarser)
+        data, parts = build_artifact(tensors, quantizer.kept, {**meta, "coarser": coarser}, names)
+        total, bits = len(data) + code, coded_bits(tensors)
+        shown = " ".join(f"{k}:{v:.2e}" for k, v in errors.items())
+        run.log(f"pack: steps x{coarser:.4f} entropy {bits / quantizer.weights:.3f} bits/weight "
+                f"relative error {shown} total {total} of {cfg.artifact_max_bytes}")
+        run.event("pack", coarser=coarser, total=total, code=code, bits=bits, errors=errors)
+        if total <= cfg.artifact_max_bytes:
+            return data, {"code": code, **parts}, coarser
+        limit = bits - 8 * (total - cfg.artifact_max_bytes) - 0.0005 * bits  # a little spare against a second try
+    run.fail(f"artifact does not fit: {total} bytes > {cfg.artifact_max_bytes} at steps x{coarser:.2f}")
+    return data, {"code": code, **parts}, coarser
+
+
+def coarsen_to(quantizer: Quantizer, limit: float, coarser: float) -> float:
+    """A coarsening at which the integers' entropy is at most `limit` bits and not over .1% less.
+
+    Doubling a step saves one bit a weight while rows span many steps, so Newton's method needs two or three solves.
+    """
+    for _ in range(8):
+        bits = coded_bits(quantizer.solve(coarser)[0])
+        if 0.999 * limit <= bits <= limit:
+            break
+        coarser *= 2 ** ((bits - 0.9997 * limit) / quantizer.weights)
+    return coarser
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 14. EVALUATION - one scorer; full windows, sliding windows and test-time training are schedules over it. The ledger
+#     makes the contest's conditions hold by construction: it knows what was scored, and refuses what may not follow.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Violation(RuntimeError):
+    """An attempt to score or learn in an order that the contest forbids."""
+
+
+class Ledger:
+    """Positions are targets in stream order. `frontier`: all before it are scored, nothing behind it was ever seen.
+
+    C1 causality is the model's (tests flip future tokens); here C2 full normalised distribution, C3 score before
+    learning, C4 each token once in one left-to-right pass (issue #1017 of the contest).
+    """
+
+    def __init__(self, targets: int):
+        self.targets, self.frontier, self.learned, self.mass_error, self.sampled = targets, 0, 0, 0.0, 0
+
+    def score(self, windows: np.ndarray) -> None:
+        """Book windows [n, 3] (start, end, first scored) before their forward pass: they must go on at the frontier."""
+        begin, end = windows[:, 2], windows[:, 1]
+        if begin[0] < self.frontier or (begin[1:] < end[:-1]).any():
+            raise Violation(f"position {int(begin[0])} would be scored a second time (frontier {self.frontier})")
+        if begin[0] > self.frontier or (begin[1:] > end[:-1]).any():
+            raise Violation(f"positions from {self.frontier} on would be skipped")
+        if (windows[:, 0] > begin).any() or end[-1] > self.targets:
+            raise Violation("a window scores what it does not read, or tokens that do not exist")
+        self.frontier = int(end[-1])
+
+    def learn(self, begin: int, end: int) -> None:
+        """Book training on targets [begin, end): every one of them must have its final score already."""
+        if end > self.frontier:
+            raise Violation(f"training on position {end - 1} before it is scored (frontier {self.frontier})")
+        self.learned += end - begin
+
+    def check_mass(self, logits: Tensor, targets: Tensor, nll: Tensor) -> None:
+        """For sampled rows [n, V]: the probabilities sum to 1, and the score is this distribution's."""
+        p = logits.double().softmax(-1)
+        wrong = float((p.gather(-1, targets[:, None]).log().squeeze(-1) + nll.double()).abs().max())
+        self.mass_error = max(self.mass_error, float((p.sum(-1) - 1).abs().max()), wrong)
+        self.sampled += len(targets)
+        if self.mass_error > 1e-2:
+            raise Violation(f"a score is {self.mass_error:.3g} nats away from the model's normalised distribution")
+
+    def verdict(self) -> str:
+        """One line; Violation if tokens were left out."""
+        if self.frontier != self.targets:
+            raise Violation(f"{self.targets - self.frontier} of {self.targets} tokens were never scored")
+        return (f"each of {self.targets} tokens scored once, left to right; {self.learned} trained on, each after its "
+                f"score; full distribution checked at {self.sampled} positions (largest error {self.mass_error:.1e})")
+
+
+class Score(NamedTuple):
+    """Result of one pass: nats a token, bits a byte, seconds, the ledger's line."""
+    val_loss: float
+    val_bpb: float
+    seconds: float
+    verdict: str
+
+
+def make_windows(sequences: np.ndarray, length: int, stride: int) -> np.ndarray:
+    """Windows [n, 3] = (start, end, first scored) of input positions; every position of every sequence scored once.
+
+    In a sequence, windows start every `stride`; the first scores all of itself, a later one its last `stride`, cut at
+    the end. No window is made whose scored part would be empty. stride == length: plain windows side by side.
+    """
+    rows = []
+    for a, b in sequences:
+        starts = np.arange(a, max(b - (length - stride), a + 1), stride)
+        first = np.where(starts == a, a, starts + length - stride)
+        rows.append(np.stack([starts, np.minimum(starts + length, b), first], 1))
+    return np.concatenate(rows)
+
+
+class Scorer:
+    """Drives a model over windows: packs them into flat rows, spreads rows over ranks, keeps every token's nats."""
+
+    def __init__(self, model: GPT, val: ValidationSet, cfg: Config, run: Run):
+        self.model, self.val, self.run = model, val, run
+        self.length, self.row_tokens = cfg.eval_seq_len, cfg.val_batch_tokens
+        # static shapes where compiled code and kernels want them, exact ones elsewhere
+        self.room = 256 * math.ceil(4 * self.row_tokens / self.length / 256) if run.gpu else 0
+        self.most = self.room - math.ceil(self.row_tokens / self.length) if self.room else self.row_tokens
+        self.ledger = Ledger(val.targets)
+        self.nll = torch.zeros(val.targets, device=run.device)
+        self.start = run.clock.read()
+
+    def rows(self, windows: np.ndarray) -> Iterator[np.ndarray]:
+        """Consecutive windows that fit into one flat row."""
+        first, used = 0, 0
+        for i, size in enumerate(windows[:, 1] - windows[:, 0]):
+            if i > first and (used + size > self.row_tokens or i - first >= self.most):
+                yield windows[first:i]
+                first, used = i, 0
+            used += size
+        yield windows[first:]
+
+    def batch(self, windows: np.ndarray) -> Batch:
+        """Windows as segments of one row; on a GPU filled up with padding segments."""
+        spans = [np.arange(a, b) for a, b, _ in windows]
+        at, sizes = np.concatenate(spans), windows[:, 1] - windows[:, 0]
+        pad = self.row_tokens - len(at) if self.room else 0
+        sizes = np.concatenate([sizes, np.diff(np.append(np.arange(0, pad, self.length), pad))])
+        tokens = np.pad(self.val.tokens[at], (0, pad)), np.pad(self.val.tokens[at + 1], (0, pad))
+        cu = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+        return make_batch(*tokens, cu, self.length, self.run, self.room)
+
+    @torch.no_grad()
+    def score(self, windows: np.ndarray) -> None:
+        """Score windows with the model as it is now. Rows do not depend on the number of ranks, so scores do not."""
+        self.ledger.score(windows)
+        for i, part in enumerate(self.rows(windows)):
+            if i % self.run.world != self.run.rank:
+                continue
+            batch = self.batch(part)
+            nll = self.model.nll(*batch)
+            if i == 0:
+                self.sample_mass(batch, nll)
+            kept = [np.arange(s, e) - a + o for (a, e, s), o in zip(part, np.cumsum(part[:, 1] - part[:, 0]) - (part[:, 1] - part[:, 0]))]
+            source = torch.from_numpy(np.concatenate(kept)).to(self.run.device)
+            self.nll[int(part[0, 2]):int(part[-1, 1])] = nll[source]
+
+    def sample_mass(self, batch: Batch, nll: Tensor, count: int = 64) -> None:
+        """Show the ledger full distributions at the row's first positions, by the uncompiled head."""
+        h = self.model.hidden(batch.ids, batch.pos, batch.cu, batch.longest)[:count]
+        logits = self.model.head(h, None, self.model.input.tok_emb.weight)
+        self.ledger.check_mass(logits, batch.targets[:count], nll[:count])
+
+    def result(self) -> Score:
+        """Sums in fp64, in one order on every rank. bpb = nats / ln 2 / bytes of text."""
+        verdict = self.ledger.verdict()
+        self.nll = self.run.sum_(self.nll).cpu()  # every rank holds zeros where others scored
+        nats, size = float(self.nll.double().sum()), float(self.val.bytes.sum())
+        return Score(nats / self.val.targets, nats / math.log(2) / size, self.run.clock.read() - self.start, verdict)
+
+
+def score_windows(model: GPT, val: ValidationSet, cfg: Config, run: Run, stride: int) -> Score:
+    """Score with fixed weights: full windows (stride = window) or sliding ones."""
+    scorer = Scorer(model, val, cfg, run)
+    scorer.score(make_windows(val.sequences, cfg.eval_seq_len, stride))
+    return scorer.result()
+
+
+class Adapter:
+    """Full-parameter test-time training: after a chunk has its scores, a few epochs of SGD or AdamW on its tokens."""
+
+    def __init__(self, model: GPT, val: ValidationSet, cfg: Config, run: Run, ledger: Ledger):
+        self.model, self.val, self.cfg, self.run, self.ledger = model, val, cfg, run, ledger
+        chosen = adapted_names(model, cfg)
+        self.params = [p for n, p in model.named_parameters() if n in chosen]
+        self.still = [p for n, p in model.named_parameters() if n not in chosen]
+        self.saved = [p.detach().clone() for p in self.params]
+        kinds = {"sgd": lambda ps: torch.optim.SGD(ps, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum),
+                 "adamw": lambda ps: torch.optim.AdamW(ps, lr=cfg.ttt_lr, weight_decay=0.0)}
+        self.optimizer = kinds[cfg.ttt_optimizer](self.params)
+
+    def __enter__(self):
+        for p in self.still:
+            p.requires_grad_(False)
+        return self
+
+    def __exit__(self, *error):
+        """Give the model back as it was."""
+        for p in self.still:
+            p.requires_grad_(True)
+        for p, s in zip(self.params, self.saved):
+            p.data.copy_(s)
+            p.grad = None
+
+    def learn(self, begin: int, end: int, lr: float) -> None:
+        """Train on targets [begin, end), in steps of TTT_BATCH_TOKENS over all ranks."""
+        self.ledger.learn(begin, end)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        for _ in range(self.cfg.ttt_epochs):
+            for at in range(begin, end, self.cfg.ttt_batch_tokens):
+                self.step(at, min(at + self.cfg.ttt_batch_tokens, end))
+
+    def step(self, begin: int, end: int) -> None:
+        """One step on [begin, end). Ranks take equal shares; a share cut short by the end is padded and masked."""
+        share = self.cfg.ttt_batch_tokens // self.run.world
+        a = begin + self.run.rank * share
+        real = max(0, min(share, end - a))
+        tokens = np.pad(self.val.tokens[a:a + real + 1] if real else np.zeros(1, np.uint16), (0, share - real))
+        pieces = np.arange(0, share, min(self.cfg.eval_seq_len, share))  # never longer than a window
+        cu = cut_segments(tokens[:-1], pieces, self.cfg.eval_seq_len, self.val.isolate)
+        batch = make_batch(tokens[:-1], tokens[1:], cu, self.cfg.eval_seq_len, self.run, self.room(share))
+        self.optimizer.zero_grad(set_to_none=True)
+        mask = torch.arange(share, device=self.run.device) < real
+        ((self.model.nll(*batch) * mask).sum() / (end - begin)).backward()
+        grads = [p.grad for p in self.params if p.grad is not None]
+        if self.run.world > 1:
+            flat = self.run.sum_(torch.cat([g.flatten() for g in grads]))
+            for g, f in zip(grads, flat.split([g.numel() for g in grads])):
+                g.copy_(f.view_as(g))
+        torch.nn.utils.clip_grad_norm_(self.params, self.cfg.ttt_grad_clip)
+        self.optimizer.step()
+
+    def room(self, share: int) -> int:
+        """Static number of segments on a GPU: a document every 32 tokens at the most, else it is cut finer (exact)."""
+        return max(64, share // 32) if self.run.gpu else 0
+
+
+def group_chunks(windows: np.ndarray, tokens: int) -> list[np.ndarray]:
+    """Consecutive windows in chunks that score at least `tokens` each (the last one less)."""
+    scored = np.cumsum(windows[:, 1] - windows[:, 2])
+    cuts = np.searchsorted(scored, np.arange(tokens, scored[-1], tokens)) + 1
+    return [c for c in np.split(windows, np.unique(cuts)) if len(c)]
+
+
+def score_adapting(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> Score:
+    """Score-first test-time training: score a chunk with sliding windows, then train on it; the last is only scored.
+
+    Runs with deterministic kernels, so that MODE=eval gives the same digits again.
+    """
+    scorer = Scorer(model, val, cfg, run)
+    chunks = group_chunks(make_windows(val.sequences, cfg.eval_seq_len, cfg.eval_stride), cfg.ttt_chunk_tokens)
+    torch.use_deterministic_algorithms(True, warn_only=not cfg.deterministic)
+    with Adapter(model, val, cfg, run, scorer.ledger) as adapter:
+        for i, chunk in enumerate(chunks):
+            scorer.score(chunk)
+            if i + 1 < len(chunks):
+                lr = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * i / max(len(chunks) - 1, 1)))
+                adapter.learn(int(chunk[0, 2]), int(chunk[-1, 1]), lr)
+            if i % 20 == 0:
+                run.log(f"ttt_chunk [{i + 1}/{len(chunks)}] time:{run.clock.read() - scorer.start:.1f}s")
+    torch.use_deterministic_algorithms(cfg.deterministic)
+    return scorer.result()
+
+
+def evaluate(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> dict[str, Score]:
+    """All configured passes over the reloaded artifact, each on the evaluation clock, in the baseline's log grammar."""
+    passes = {"full": ("roundtrip", lambda: score_windows(model, val, cfg, run, cfg.eval_seq_len))}
+    if cfg.sliding_window_enabled:
+        passes["sliding"] = "sliding_window", lambda: score_windows(model, val, cfg, run, cfg.eval_stride)
+    if cfg.ttt_enabled:
+        passes["ttt"] = "ttt", lambda: score_adapting(model, val, cfg, run)
+    model.looping = cfg.num_loops > 0
+    results = {}
+    for name, (label, score) in passes.items():
+        with run.clock.span(f"eval {name}"):
+            results[name] = s = score()
+        run.log(f"final_int{cfg.matrix_bits}_{label}_exact val_loss:{s.val_loss:.8f} val_bpb:{s.val_bpb:.8f} "
+                f"eval_time:{1000 * s.seconds:.0f}ms tok/s:{val.targets / s.seconds:.0f}")
+        run.log(f"ledger {name}: {s.verdict}")
+        run.event("score", name=name, **s._asdict())
+    return results
+
+
+def diagnose(model: GPT, val: ValidationSet, cfg: Config, run: Run, label: str) -> Score:
+    """A full-window score of weights that are not the artifact; on neither budget."""
+    model.looping = cfg.num_loops > 0
+    with run.clock.span("diagnostics"):
+        s = score_windows(model, val, cfg, run, cfg.eval_seq_len)
+    run.log(f"diagnostic {label} val_loss:{s.val_loss:.8f} val_bpb:{s.val_bpb:.8f} eval_time:{1000 * s.seconds:.0f}ms")
+    run.event("diagnostic", name=label, **s._asdict())
+    return s
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 15. TRAINING LOOP - compile on real steps, put everything back, start the clock; then validate or train until the
+#     budget says stop. The host never waits for the step it has just queued: numbers are read one step late.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """Reads losses and norms one step late, logs them, and stops a run whose numbers are no longer usable."""
+
+    def __init__(self, cfg: Config, run: Run, optimizers: Optimizers):
+        self.cfg, self.run, self.optimizers = cfg, run, optimizers
+        self.pending: deque = deque()
+        self.seconds: deque = deque(maxlen=8)  # clock at the last reads, for the pace
+        self.phases: dict[bool, list[float]] = {}  # looping -> [steps, seconds]
+        self.ceiling = 2 * math.log(cfg.vocab_size)
+
+    def put(self, step: int, loss: Tensor, norm: Tensor, looping: bool) -> None:
+        """Queue a step's numbers for the host."""
+        numbers = torch.stack([self.run.sum_(loss.clone()) / self.run.world, norm])
+        self.pending.append((step, *self.run.fetch(numbers), looping))
+
+    def drain(self, keep: int) -> None:
+        """Read all but the last `keep` queued steps, waiting for them if need be."""
+        while len(self.pending) > keep:
+            step, host, wait, looping = self.pending.popleft()
+            wait()
+            self.read(step, *host.tolist(), looping)
+
+    def read(self, step: int, loss: float, norm: float, looping: bool) -> None:
+        """Book one step's numbers; Diverged if they are not finite, or worse than twice the uniform guess."""
+        now = self.run.clock.read("train")
+        last = self.seconds[-1] if self.seconds else 0.0
+        self.seconds.append(now)
+        steps, spent = self.phases.setdefault(looping, [0, 0.0])
+        self.phases[looping] = [steps + 1, spent + now - last]
+        if not (math.isfinite(loss) and math.isfinite(norm)) or loss > self.ceiling:
+            raise Diverged(f"step {step}: loss {loss:.4g} (ceiling {self.ceiling:.2f}), gradient norm {norm:.4g}; groups "
+                           + " ".join(f"{k} {v:.4g};" for k, v in self.optimizers.group_norms().items()))
+        done = step + 1
+        if done <= 10 or done % self.cfg.train_log_every == 0:
+            self.log(done, loss, norm, now)
+
+    def log(self, done: int, loss: float, norm: float, now: float) -> None:
+        """The baseline's line, then tokens a second over the last reads and the time left."""
+        pace = self.pace()
+        left = min((self.cfg.iterations - done) * pace, max(self.cfg.max_wallclock_seconds - now, 0)
+                   if self.cfg.timed else math.inf)
+        rate = self.cfg.train_batch_tokens / pace if pace else 0
+        self.run.log(f"step:{done}/{self.cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * now:.0f}ms "
+                     f"step_avg:{1000 * now / done:.2f}ms tok/s:{rate:.0f} left:{left:.0f}s")
+        self.run.event("train", step=done, loss=loss, norm=norm, seconds=now)
+
+    def pace(self) -> float:
+        """Seconds a step lately."""
+        return (self.seconds[-1] - self.seconds[0]) / (len(self.seconds) - 1) if len(self.seconds) > 1 else 0.0
+
+
+class Checkpoints:
+    """The last good averaged weights on disk, written on a thread; a bad snapshot never replaces a good one."""
+
+    def __init__(self, model: nn.Module, average: Average, cfg: Config, run: Run):
+        self.names = [n for n, _ in model.named_parameters()]
+        self.average, self.cfg, self.run = average, cfg, run
+        self.pool, self.written, self.last = ThreadPoolExecutor(1), None, 0.0
+
+    @property
+    def path(self) -> Path:
+        return self.run.path(".ckpt")
+
+    def save(self, step: int, now: float) -> None:
+        """Snapshot now, write later. Rank 0 only; not finite means not saved."""
+        self.last = now
+        if not self.run.main or not all(math.isfinite(float(n)) for n in torch._foreach_norm(self.average.shadow)):
+            return
+        weights = {n: t.detach().cpu() for n, t in zip(self.names, self.average.shadow)}
+        self.wait()
+        self.written = self.pool.submit(self.write, {"config": self.cfg.as_dict(), "step": step, "weights": weights})
+
+    def write(self, content: dict) -> None:
+        box = io.BytesIO()
+        torch.save(content, box)
+        write_atomic(self.path, box.getvalue())
+
+    def wait(self) -> None:
+        if self.written is not None:
+            self.written.result()  # an error while writing (a full disk) surfaces here
+
+
+def train_step(model: GPT, optimizers: Optimizers, batches: list[Batch], v: Values) -> tuple[Tensor, Tensor]:
+    """One optimiser step over this rank's micro-batches; (mean loss, gradient norm), both on the device."""
+    model.looping = v.looping
+    total = 0.0
+    for batch in batches:
+        loss = model.nll(*batch).mean() / len(batches)
+        loss.backward()
+        total = total + loss.detach()
+    norm = optimizers.step(v)
+    optimizers.zero_grad()
+    return total, norm
+
+
+def warm_up(model: GPT, optimizers: Optimizers, stream: TrainStream, cfg: Config, run: Run) -> float:
+    """Run real steps on both graphs so that everything is compiled, then put parameters and optimisers back.
+
+    Also times one calibration batch; returns the seconds to keep for the Hessians at the end.
+    """
+    saved = [p.detach().clone() for p in model.parameters()]
+    batches = stream.make(0)
+    for looping in sorted({False, cfg.num_loops > 0}):
+        for i in range(cfg.warmup_steps):
+            train_step(model, optimizers, batches, Values(1.0, cfg.muon_momentum, looping))
+            run.log(f"warmup_step:{i + 1}/{cfg.warmup_steps} looping:{looping} at:{run.clock.read():.1f}s")
+    for p, s in zip(model.parameters(), saved):
+        p.data.copy_(s)
+    optimizers.reset()
+    if cfg.gptq_reserve_seconds >= 0 or not cfg.timed or cfg.quantizer != "gptq":
+        return max(cfg.gptq_reserve_seconds, 0.0)
+    with run.clock.span("reserve probe"):
+        collect_hessians(model, cfg, batches[:1], run)
+        run.clock.switch("reserve probe")
+        start = run.clock.read()
+        collect_hessians(model, cfg, batches[:1], run)
+        run.clock.switch("reserve probe")
+        one = run.clock.read() - start
+    return run.agree(0.5 + 1.2 * one * cfg.gptq_calibration_batches)
+
+
+def train(model: GPT, cfg: Config, run: Run, stream: TrainStream, val: ValidationSet) -> Average:
+    """Train until the budget or ITERATIONS is reached; the returned average has not been applied yet."""
+    optimizers, schedules = Optimizers(model, cfg, run), Schedules(cfg)
+    with run.clock.span("compile and warm-up"):
+        reserve = warm_up(model, optimizers, stream, cfg, run)
+    limit = cfg.max_wallclock_seconds - reserve
+    average = Average(cfg, model)
+    watch, checkpoints = Watch(cfg, run, optimizers), Checkpoints(model, average, cfg, run)
+    checkpoints.save(0, 0.0)
+    run.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * limit:.0f}ms" if cfg.timed else "progress by steps")
+    run.log(f"launch_to_first_step:{run.clock.read():.1f}s")
+    step, p, last_p = 0, 0.0, 0.0
+    run.clock.switch("train")
+    while True:
+        watch.drain(keep=1)
+        now = run.agree(run.clock.read("train"))
+        stop = step >= cfg.iterations or cfg.timed and now + 2 * watch.pace() > limit
+
+        # --------------- VALIDATE (training clock stopped) ---------------
+        if cfg.val_loss_every and step and step % cfg.val_loss_every == 0 and not stop:
+            run.clock.switch("diagnostics")
+            s = diagnose(model, val, cfg, run, f"step {step}")
+            run.log(f"step:{step}/{cfg.iterations} val_loss:{s.val_loss:.4f} val_bpb:{s.val_bpb:.4f} "
+                    f"train_time:{1000 * now:.0f}ms step_avg:{1000 * now / step:.2f}ms")
+            run.clock.switch("train")
+        if stop:
+            break
+
+        # --------------- TRAIN (training clock running) ---------------
+        p = min(1.0, max(step / cfg.iterations, now / limit if cfg.timed else 0.0))
+        v = schedules.at(p)
+        if v.looping and not model.looping and cfg.num_loops:
+            run.log(f"layer_loop:enabled step:{step} frac:{p:.3f} visits:{[x.layer for x in model.plans[1]]}")
+        loss, norm = train_step(model, optimizers, stream.get(step), v)
+        average.update(p, p - last_p)
+        watch.put(step, loss, norm, v.looping)
+        step, last_p = step + 1, p
+        if cfg.checkpoint_seconds and now - checkpoints.last > cfg.checkpoint_seconds:
+            checkpoints.save(step, now)
+    watch.drain(keep=0)
+    run.clock.switch("after training")
+    checkpoints.wait()
+    report_training(cfg, run, watch, schedules, step)
+    return average
+
+
+def report_training(cfg: Config, run: Run, watch: Watch, schedules: Schedules, step: int) -> None:
+    """Why it stopped, speed by phase, memory, and schedules that never fired."""
+    seconds = run.clock.read("train")
+    if step < cfg.iterations:
+        run.log(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{cfg.iterations}")
+    for looping, (steps, spent) in watch.phases.items():
+        run.log(f"phase {'with' if looping else 'without'} recurrence: {steps} steps {spent:.2f}s "
+                f"tok/s:{steps * cfg.train_batch_tokens / max(spent, 1e-9):.0f}")
+        run.event("phase", looping=looping, steps=steps, seconds=spent)
+    if run.gpu:
+        run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
+                f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB")
+    line, silent = schedules.report()
+    run.log(line)
+    run.event("schedules", fired=schedules.fired, never=silent)
+    if silent:
+        run.warn(f"configured but never fired: {', '.join(silent)}; the run ended before their time")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 16. SAMPLING - text from the packed artifact: proof that it is a language model.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample(model: GPT, tokenizer: Tokenizer, cfg: Config, run: Run) -> str:
+    """Continue SAMPLE_PROMPT by SAMPLE_TOKENS tokens, or up to the end of the document. Reproducible by SEED."""
+    rng = torch.Generator().manual_seed(cfg.seed)
+    ids = [BOS] + tokenizer.sp.encode(cfg.sample_prompt)
+    model.looping = cfg.num_loops > 0
+    for _ in range(cfg.sample_tokens):
+        seen = torch.tensor(ids[-cfg.eval_seq_len:], device=run.device)
+        cu = torch.tensor([0, len(seen)], dtype=torch.int32, device=run.device)
+        with torch.compiler.set_stance("force_eager"):  # the length changes with every token
+            logits = model.logits(seen, torch.arange(len(seen), device=run.device), cu, len(seen))[-1].float().cpu()
+        hot = logits / max(cfg.sample_temperature, 1e-6)
+        token = int(logits.argmax()) if not cfg.sample_temperature else int(torch.multinomial(hot.softmax(-1), 1, generator=rng))
+        if token == BOS:  # the next document would begin here
+            break
+        ids.append(token)
+    return tokenizer.sp.decode(ids)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 17. MAIN - prepare, train, average, quantise, pack, reload, evaluate, report; MODE picks where to enter.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def find_file(cfg: Config, given: str, suffix: str) -> Path:
+    """The file that was named, else the one of RUN_ID, else the newest in ARTIFACT_DIR."""
+    folder = Path(cfg.artifact_dir)
+    if given or cfg.run_id:
+        path = Path(given) if given else folder / f"{cfg.run_id}{suffix}"
+        if not path.is_file():
+            raise SystemExit(f"{path} is missing")
+        return path
+    found = sorted(folder.glob(f"*{suffix}"), key=lambda f: f.stat().st_mtime)
+    if not found:
+        raise SystemExit(f"no *{suffix} in {folder}; train first, or name one")
+    return found[-1]
+
+
+def restore_config(env: dict, stored: dict, path: Path) -> Config:
+    """The stored run's own config, with what the environment says about running it; the network's shape is fixed."""
+    own = {k: v for k, v in stored.items() if k not in ("mode", "run_id", "artifact_dir", "artifact", "checkpoint")}
+    known = {f.name for f in dataclasses.fields(Config)}
+    if own.keys() - known:
+        raise SystemExit(f"{path}: made with knobs that are unknown here: {', '.join(sorted(own.keys() - known))}")
+    cfg = read_config(env, own)
+    now = cfg.as_dict()
+    for name in (f.name for f in dataclasses.fields(ModelKnobs)):
+        if now[name] != own.get(name, now[name]):
+            raise ConfigError(f"{name.upper()}={now[name]}, but {path} was trained with {own[name]}")
+    return dataclasses.replace(cfg, preset=own.get("preset", cfg.preset), run_id=f"{path.stem}.{cfg.mode}")
+
+
+def resolve(env: dict) -> tuple[Config, dict | None]:
+    """(config, stored weights or None) for this MODE; without shards and without a named PRESET, the smoke run."""
+    cfg = read_config(env)
+    if cfg.mode in ("eval", "sample"):
+        path = find_file(cfg, cfg.artifact, ".artifact")
+        manifest, weights = read_artifact(path.read_bytes())
+        return restore_config(env, manifest["config"], path), {"weights": weights, "manifest": manifest, "path": path}
+    if cfg.mode == "pack":
+        path = find_file(cfg, cfg.checkpoint, ".ckpt")
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        return restore_config(env, stored["config"], path), {"weights": stored["weights"], "path": path}
+    return named(cfg), None
+
+
+def without_shards(env: dict, cfg: Config) -> Config | None:
+    """The smoke config where the preset was not named and its shards are missing; None where all is well."""
+    if cfg.preset == "smoke" or cfg.mode != "train" or any(cfg.dataset.glob("fineweb_train_[0-9]*.bin")):
+        return None
+    if {"PRESET", "DATA_PATH"} & set(env):
+        raise SystemExit(f"no training shards in {cfg.dataset}; fetch them with data/cached_challenge_fineweb.py "
+                         "(see data/README.md), or unset PRESET to run on text that is already on this machine")
+    return named(read_config({**env, "PRESET": "smoke"}))
+
+
+def describe_plan(model: GPT, cfg: Config, run: Run) -> None:
+    """Layer plan, parameter table, size, and what batch and rates come to."""
+    for looping, plan in enumerate(model.plans[:1 + (cfg.num_loops > 0)]):
+        words = [f"{'+' if v.skip is not None else ''}{v.layer}{'|' if v.lanes else ''}{'^' if v.push else ''}" for v in plan]
+        run.log(f"plan {'with' if looping else 'without'} recurrence: {' '.join(words)}  (^ feeds a skip, + takes one, | two lanes)")
+    for line in describe_table(model, cfg):
+        run.log(line)
+    run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
+    micro = micro_blocks(cfg, run.world) * cfg.pack_tokens
+    run.log(f"train_batch_tokens:{cfg.train_batch_tokens} = {run.world} ranks x "
+            f"{cfg.train_batch_tokens // run.world // micro} micro-batches x {micro} train_seq_len:{cfg.train_seq_len} "
+            f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}")
+    run.log(f"matrix_lr:{cfg.matrix_lr} embed_lr:{cfg.tied_embed_lr} scalar_lr:{cfg.scalar_lr} "
+            f"warmdown over the last {cfg.warmdown_frac:.0%} to {cfg.min_lr:.0%}, momentum warm-up {cfg.muon_momentum_warmup_frac:.0%}, "
+            f"average {cfg.average} over {cfg.ema_horizon:.1%} of the run")
+
+
+def build_model(cfg: Config, run: Run) -> GPT:
+    """Initialised model on this rank's device, attention chosen, compilation arranged."""
+    model = GPT(cfg, choose_attention(cfg, run), run.dtype)
+    initialize(model, cfg)
+    model.to(run.device)
+    compile_model(model, cfg, run)
+    return model
+
+
+def pack(model: GPT, cfg: Config, run: Run, stream: TrainStream, tokenizer: Tokenizer, val: ValidationSet) -> bytes:
+    """Averaged weights to an artifact on disk (rank 0) and in memory (all ranks)."""
+    with run.clock.span("hessians"):  # reads training data, so it is on the training clock
+        count = -(-cfg.gptq_calibration_batches // stream.micro_steps)
+        batches = [b for i in range(count) for b in stream.make(cfg.iterations + i)][:cfg.gptq_calibration_batches]
+        hessians = collect_hessians(model, cfg, batches, run) if cfg.quantizer == "gptq" else {}
+    run.log(f"gptq:calibrated {len(hessians)} layers in {run.clock.seconds['hessians']:.1f}s")
+    data = b""
+    with run.clock.span("quantise and pack"):
+        if run.main:
+            meta = {"config": cfg.as_dict(), "tokenizer": tokenizer.sha256, "validation": val.fingerprint(),
+                    "source": sha256(SOURCE.encode()), "train_tokens": stream.tokens}
+            data, parts, coarser = fit_artifact(Quantizer(model, cfg, hessians, run), meta, cfg, run)
+            report_size(data, parts, coarser, cfg, run)
+            write_atomic(run.path(".artifact"), data)
+            write_atomic(run.path(".packed.py"), pack_code(SOURCE))
+    return run.share(data)
+
+
+def report_size(data: bytes, parts: dict, coarser: float, cfg: Config, run: Run) -> None:
+    """Bytes by part in the baseline's grammar, and what fitting the cap cost."""
+    label = f"int{cfg.matrix_bits}+{cfg.compressor}"
+    for name, size in parts.items():
+        run.log(f"  {size:10d} bytes  {name}")
+    total = len(data) + parts["code"]
+    run.log(f"Code size: {parts['code']} bytes (packed; {len(SOURCE.encode())} readable)")
+    run.log(f"Serialized model {label}: {len(data)} bytes")
+    run.log(f"Total submission size {label}: {total} bytes ({cfg.artifact_max_bytes - total} below the cap)")
+    if coarser > 1:
+        run.log(f"fit: steps coarsened x{coarser:.4f}, about {math.log2(coarser):.3f} bits a weight given up")
+    run.event("size", total=total, model=len(data), coarser=coarser, **parts)
+
+
+def finish(cfg: Config, run: Run, results: dict[str, Score], total: int | None) -> None:
+    """Budgets, the one-line result and the verdict; the last line of the log says whether every rule held."""
+    report_budgets(run, cfg)
+    best = min(results.values(), key=lambda s: s.val_bpb)
+    run.log("result: " + " ".join(f"{n}:{s.val_bpb:.6f}" for n, s in results.items()))
+    run.log(f"val_bpb:{best.val_bpb:.8f}" + (f" bytes_total:{total}" if total is not None else ""))
+    score = {"run": run.id, "results": {n: s._asdict() for n, s in results.items()}, "bytes_total": total,
+             "failures": run.failures, "seed": cfg.seed, "recipe": cfg.recipe_hash()}
+    run.event("result", **score)
+    if run.main:
+        write_atomic(run.path(".score.json"), (json.dumps(score, indent=1) + "\n").encode())
+    run.log("verdict: " + (f"FAILED: {'; '.join(run.failures)}" if run.failures else
+                           "legal: score-first, one pass, full distribution, budgets and bytes within their limits"))
+
+
+def score_artifact(data_or_stored, model: GPT, cfg: Config, run: Run, val: ValidationSet) -> dict[str, Score]:
+    """Load an artifact (bytes, or what was read from a file) into the model and run every configured pass."""
+    with run.clock.span("eval load"):
+        weights = read_artifact(data_or_stored)[1] if isinstance(data_or_stored, bytes) else data_or_stored["weights"]
+        load_weights(model, weights)
+    return evaluate(model, val, cfg, run)
+
+
+def job(cfg: Config, run: Run, stored: dict | None) -> None:
+    """Everything between an open log and a closed one."""
+    if cfg.preset == "smoke" or cfg.data_path == SMOKE["data_path"]:
+        build_local_corpus(cfg, run)
+    tokenizer = Tokenizer(cfg.tokenizer, cfg.vocab_size)
+    if cfg.mode == "sample":
+        model = build_model(cfg, run)
+        load_weights(model, stored["weights"])
+        return run.log(sample(model, tokenizer, cfg, run))
+    val = ValidationSet(cfg, tokenizer)
+    run.log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={tokenizer.path} {val.oracle}")
+    run.log(f"validation: {val.fingerprint()}" + (f" (first {cfg.val_docs} documents only)" if cfg.val_docs else ""))
+    run.event("validation", **val.fingerprint(), val_docs=cfg.val_docs)
+    if stored and "manifest" in stored and stored["manifest"]["validation"] != val.fingerprint():
+        run.warn("these validation tokens are not the ones the artifact was first scored on")
+    stream = TrainStream(cfg, run) if cfg.mode in ("train", "pack") else None
+    model = build_model(cfg, run)
+    describe_plan(model, cfg, run)
+    total = None
+    if stored is not None:
+        load_weights(model, stored["weights"])
+    if cfg.mode == "train":
+        run.log(f"train_shards: {len(stream.shards)} train_tokens: {stream.tokens}")
+        train_and_average(model, cfg, run, stream, val)
+    if cfg.mode in ("train", "pack"):
+        stored = pack(model, cfg, run, stream, tokenizer, val)
+        total = len(stored) + len(pack_code(SOURCE))
+    finish(cfg, run, score_artifact(stored, model, cfg, run, val), total)
+
+
+def train_and_average(model: GPT, cfg: Config, run: Run, stream: TrainStream, val: ValidationSet) -> None:
+    """Train, leave the averaged weights in the model and on disk; scores of both beside each other."""
+    average = train(model, cfg, run, stream, val)
+    diagnose(model, val, cfg, run, "raw")
+    if cfg.average != "none":
+        run.log("ema:applying EMA weights" if cfg.average == "ema" else "swa:applying averaged weights")
+        average.apply()
+        diagnose(model, val, cfg, run, "pre-quantization post-ema")
+    checkpoints = Checkpoints(model, average, cfg, run)
+    checkpoints.save(cfg.iterations, 0.0)
+    checkpoints.wait()
+
+
+def show_config(cfg: Config, run: Run) -> None:
+    """MODE=config: everything that is known before data and device."""
+    for line in cfg.describe():
+        run.log(line)
+    with torch.device("meta"):
+        model = GPT(cfg)
+    describe_plan(model, cfg, run)
+    run.log(f"preset:{cfg.preset} recipe:{cfg.recipe_hash()}")
+
+
+def main() -> int:
+    """Exit status: 0 all rules held, 1 a rule was broken or the run failed, 128 + n ended by signal n."""
+    env = shell_environment()
+    cfg, stored = resolve(env)
+    smaller = without_shards(env, cfg)
+    set_environment(cfg)
+    stop_on_signals()
+    run = Run(smaller or cfg, launch(env))
+    if cfg.mode == "config":
+        show_config(cfg, run)
+        return 0
+    run.open_log(smaller or cfg)
+    if smaller:
+        run.warn(f"no shards in {cfg.dataset} (data/README.md says how to get them) and PRESET is not set: "
+                 "SMOKE run on text from this machine; its score means nothing beyond this machine")
+        cfg = smaller
+    elif cfg.preset == "smoke" and "PRESET" not in env and cfg.mode == "train":
+        run.warn("no GPU found: PRESET=smoke, the whole job at a hundredth of the size; the record recipe needs CUDA")
+    try:
+        job(cfg, run, stored)
+        return 1 if run.failures else 0
+    except BaseException as e:
+        run.log(f"interrupted: {type(e).__name__}: {e}")
+        if not isinstance(e, (KeyboardInterrupt, SystemExit)):
+            run.log(traceback.format_exc())
+        if isinstance(e, Diverged):
+            run.log(f"last good checkpoint: {run.path('.ckpt')}")
+            return 1
+        raise
+    finally:
+        run.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
