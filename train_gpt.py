@@ -26,6 +26,7 @@ forward pass over (ids_T, pos_T, cu_S), with cu the segments' borders and pos th
 # ----------------------------------------------------------------------------------------------------------------------
 from pathlib import Path
 
+# read before torch is imported: an edit made meanwhile cannot slip into the log
 SOURCE = Path(__file__).read_text(encoding="utf-8")
 
 import ast
@@ -82,9 +83,9 @@ def windowed_varlen() -> bool:
 
 HAVE = {
     "cuda": torch.cuda.is_available(),
-    "fa4": installed("flash_attn.cute"),
-    "fa3": installed("flash_attn_interface"),
-    "varlen": windowed_varlen(),
+    "fa4": installed("flash_attn.cute"),  # CuTe kernels compiled at run time
+    "fa3": installed("flash_attn_interface"),  # prebuilt Hopper wheel
+    "varlen": windowed_varlen(),  # part of torch, FlashAttention-2 inside
     "brotli": installed("brotli"),
     "zstd": installed("zstandard"),
 }
@@ -258,7 +259,7 @@ SMOKE = dict(
     iterations=160, warmup_steps=1, train_log_every=20, gptq_calibration_batches=8, ttt_chunk_tokens=16384,
     ttt_epochs=1, ttt_batch_tokens=4096, checkpoint_seconds=30.0, val_docs=150)
 
-PRESETS = {"record": {}, "baseline": BASELINE, "smoke": SMOKE}
+PRESETS = {"record": {}, "baseline": BASELINE, "smoke": SMOKE}  # an empty table: the defaults are the record
 
 # Names that other scripts of the contest use for a knob that is here under its later spelling.
 RENAMED = {
@@ -337,7 +338,7 @@ class Config(PackKnobs, OptimKnobs, ModelKnobs, DataKnobs, RunKnobs):
 def parse_value(f: dataclasses.Field, text: str):
     """One environment string as the knob's own type; ConfigError names the knob, the value and what would do."""
     kind, name = type(f.default), f.name.upper()
-    if kind is bool:
+    if kind is bool:  # 'False' as text would be true
         if text not in ("0", "1"):
             raise ConfigError(f"{name}={text!r}: 0 or 1 expected")
         return text == "1"
@@ -365,7 +366,7 @@ def check_value(f: dataclasses.Field, value) -> None:
 def refuse_unknown(env: dict, names: dict) -> None:
     """Stop on a variable that was meant as a knob but is none; silently ignored knobs have spoilt records before."""
     for name in sorted(set(env) - set(names)):
-        if name in RENAMED:
+        if name in RENAMED:  # known elsewhere: say where it went
             raise ConfigError(f"{name} is called {RENAMED[name]} here: {names[RENAMED[name]].metadata['doc']}")
         near = difflib.get_close_matches(name, names, 1, 0.87)
         if near or FAMILIES & set(name.split("_")):
@@ -381,7 +382,7 @@ def load_config(env: dict, cuda: bool, base: dict | None = None) -> Config:
     given = {names[n].name: parse_value(names[n], v) for n, v in env.items() if n in names}
     preset = given.get("preset") or ("record" if cuda else "smoke")
     check_value(names["PRESET"], preset)
-    values = {**PRESETS[preset], **(base or {}), **given, "preset": preset}
+    values = {**PRESETS[preset], **(base or {}), **given, "preset": preset}  # later entries win
     cfg = Config(**values)
     validate(cfg, launch(env)[2])
     return cfg
@@ -420,6 +421,7 @@ def validate(cfg: Config, world: int) -> None:
 
 def set_environment() -> None:
     """Variables that libraries read and that must be set before CUDA starts."""
+    # two graphs and three row shapes fragment memory otherwise
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # cuBLAS is only reproducible with a fixed workspace; this is the size it takes on Hopper anyway
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -457,6 +459,7 @@ class Diverged(RuntimeError):
 def process_age() -> float:
     """Seconds since this process was started (imports included); 0 where the system does not tell."""
     try:
+        # field 22, counted behind the name, which may hold spaces
         ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError, ValueError, IndexError):
@@ -468,8 +471,8 @@ class Clock:
 
     def __init__(self, sync: Callable[[], None]):
         self.sync = sync
-        self.mark = time.perf_counter() - process_age()
-        self.name, self.seconds = "start-up", {}
+        self.mark = time.perf_counter() - process_age()  # so that importing torch is in the first span
+        self.name, self.seconds = "start-up", {}  # the first span began before this line
 
     def switch(self, name: str) -> str:
         """Close the running span and open `name`; returns the closed one's name."""
@@ -502,10 +505,10 @@ def write_atomic(path: Path, data: bytes) -> None:
         with open(part, "wb") as f:
             f.write(data)
             f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
+            os.fsync(f.fileno())  # the rename must not reach the disk before the data
+        os.replace(part, path)  # atomic within one file system
     finally:
-        part.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)  # nothing half-written stays, whatever went wrong
 
 
 class Run:
@@ -514,6 +517,7 @@ class Run:
     def __init__(self, cfg: Config, ranks: tuple[int, int, int], quiet: bool = False):
         self.rank, local, self.world = ranks
         self.device = torch.device("cuda", local) if HAVE["cuda"] else torch.device("cpu")
+        # bf16 on a CPU is slower and only less exact
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.quiet, self.folder, self.id = quiet, Path(cfg.artifact_dir), cfg.run_id
         self.clock = Clock(torch.cuda.synchronize if HAVE["cuda"] else lambda: None)
@@ -543,7 +547,7 @@ class Run:
 
     def settle(self, cfg: Config) -> None:
         """Seed everything and choose numerics."""
-        random.seed(cfg.seed), np.random.seed(cfg.seed), torch.manual_seed(cfg.seed)
+        random.seed(cfg.seed), np.random.seed(cfg.seed), torch.manual_seed(cfg.seed)  # library calls that draw by themselves
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.use_deterministic_algorithms(cfg.deterministic)
 
@@ -552,6 +556,7 @@ class Run:
         if not self.main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        # line-buffered: a killed run leaves a usable log
         self.files = [open(self.path(s), "a", encoding="utf-8", buffering=1) for s in (".txt", ".jsonl")]
         self.files[0].write(SOURCE + "\n" + RULER + "\n")
         versions = f"python {platform.python_version()} torch {torch.__version__} numpy {np.__version__}"
@@ -588,6 +593,7 @@ class Run:
     def event(self, kind: str, **fields) -> None:
         """One JSON object a line, with seconds since launch."""
         if self.files:
+            # t first: two events of a kind stay sortable
             record = {"event": kind, "t": round(self.clock.read(), 3), **fields}
             self.files[1].write(json.dumps(record, default=str) + "\n")
 
@@ -604,7 +610,7 @@ class Run:
         """Rank 0's number on every rank, by gloo, so that the device queue is not waited for."""
         if self.world == 1:
             return value
-        box = torch.tensor([value], dtype=torch.float64)
+        box = torch.tensor([value], dtype=torch.float64)  # on the CPU, hence through gloo
         dist.broadcast(box, 0)
         return float(box)
 
@@ -685,7 +691,7 @@ class Tokenizer:
         self.path, self.sp = path, sentencepiece.SentencePieceProcessor(model_file=str(path))
         if self.sp.vocab_size() != vocab_size:
             raise ConfigError(f"VOCAB_SIZE={vocab_size}, but {path} has {self.sp.vocab_size()} pieces")
-        if self.sp.bos_id() != BOS:
+        if self.sp.bos_id() != BOS:  # shards without BOS in front would merge documents
             raise SystemExit(f"{path}: BOS is {self.sp.bos_id()}, contest shards use {BOS}")
         self.sha256 = sha256(path.read_bytes())
         self.base_V, self.space_V, self.edge_V = self.byte_table()
@@ -700,12 +706,12 @@ class Tokenizer:
         base, space, edge = np.zeros(n, np.int64), np.zeros(n, bool), np.zeros(n, bool)
         for i in range(n):
             if self.sp.is_control(i) or self.sp.is_unknown(i) or self.sp.is_unused(i):
-                edge[i] = True
+                edge[i] = True  # no text of its own, and swallows the space behind it
             elif self.sp.is_byte(i):
-                base[i] = 1
+                base[i] = 1  # byte fallback: one piece, one byte of UTF-8
             else:
                 piece = self.sp.id_to_piece(i)
-                space[i] = piece.startswith("\u2581")
+                space[i] = piece.startswith("\u2581")  # counted only where the decoder keeps it
                 base[i] = len(piece[int(space[i]):].replace("\u2581", " ").encode())
         return base, space, edge
 
@@ -722,8 +728,8 @@ class Tokenizer:
         edges, checked = np.append(starts, len(tokens)), 0
         for i in np.unique(np.linspace(0, len(starts) - 1, min(sample, len(starts))).astype(int)):
             doc = tokens[edges[i]:edges[i + 1]]
-            text = self.sp.decode(doc.tolist())
-            counted, decoded = int(self.count_bytes(doc).sum()), len(text.encode())
+            text = self.sp.decode(doc.tolist())  # the independent way to the same number
+            counted, decoded = int(self.count_bytes(doc).sum()), len(text.encode())  # the first token is BOS, no target
             if counted != decoded and "\ufffd" not in text:
                 raise SystemExit(f"byte table and decoder differ on document {i}: {counted} and {decoded} bytes; "
                                  f"{self.path} is not the tokenizer of these shards, or its table is wrong")
@@ -752,12 +758,12 @@ def read_shard(path: Path) -> np.ndarray:
     fix = "fetch it again: python data/cached_challenge_fineweb.py (see data/README.md)"
     if not path.is_file():
         raise SystemExit(f"shard {path} is missing; {fix}")
-    size, header = path.stat().st_size, np.fromfile(path, "<i4", 256)
+    size, header = path.stat().st_size, np.fromfile(path, "<i4", 256)  # a header can lie about a file that was cut
     if len(header) < 256 or header[0] != MAGIC or header[1] != 1:
         raise SystemExit(f"shard {path} has no contest header (magic {MAGIC}, version 1); {fix}")
     if size != HEADER_BYTES + 2 * int(header[2]):
         raise SystemExit(f"shard {path} has {size} bytes, its header says {HEADER_BYTES + 2 * int(header[2])}; {fix}")
-    return np.memmap(path, "<u2", "r", HEADER_BYTES)
+    return np.memmap(path, "<u2", "r", HEADER_BYTES)  # pages are read when a block is drawn
 
 
 def find_shards(folder: Path, split: str) -> list[np.ndarray]:
@@ -772,19 +778,19 @@ def find_shards(folder: Path, split: str) -> list[np.ndarray]:
 def cut_segments(ids: np.ndarray, forced: np.ndarray, limit: int, isolate: bool) -> np.ndarray:
     """Segment borders [S+1] int32: at `forced` places, at documents' starts, and every `limit` tokens after those."""
     first = np.zeros(len(ids), bool)
-    first[forced] = True
+    first[forced] = True  # no segment crosses a block's border
     if isolate:
-        first |= ids == BOS
-    starts = np.flatnonzero(first)
-    pieces = -(-np.diff(np.append(starts, len(ids))) // limit)
+        first |= ids == BOS  # a document sees nothing before itself
+    starts = np.flatnonzero(first)  # position 0 is always among them
+    pieces = -(-np.diff(np.append(starts, len(ids))) // limit)  # ceiling of length / limit
     nth = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # number within its document
     return np.append(np.repeat(starts, pieces) + limit * nth, len(ids)).astype(np.int32)
 
 
 def make_batch(ids: np.ndarray, targets: np.ndarray, cu: np.ndarray, longest: int, run: Run, room: int = 0) -> Batch:
     """Move a row to the device. `room` pads cu with empty segments at the end, so that its shape is static."""
-    pos = np.arange(len(ids)) - np.repeat(cu[:-1], np.diff(cu))
-    cu = np.pad(cu, (0, max(room + 1 - len(cu), 0)), mode="edge")
+    pos = np.arange(len(ids)) - np.repeat(cu[:-1], np.diff(cu))  # place minus its segment's start
+    cu = np.pad(cu, (0, max(room + 1 - len(cu), 0)), mode="edge")  # the last border again: empty segments
     rows = [torch.from_numpy(np.ascontiguousarray(a)) for a in
             (ids.astype(np.int64), targets.astype(np.int64), pos.astype(np.int64), cu)]
     return Batch(*run.place(rows), longest)
@@ -803,13 +809,13 @@ class TrainStream:
         self.cfg, self.run, self.shards = cfg, run, find_shards(cfg.dataset, "train")
         self.pack, self.per_step = cfg.pack_tokens, cfg.blocks_per_batch
         counts = [(len(s) - 1) // self.pack for s in self.shards]  # one token more is the last target
-        self.ends = np.cumsum(counts)
+        self.ends = np.cumsum(counts)  # block index -> shard by binary search
         self.tokens = sum(len(s) for s in self.shards)
         if self.ends[-1] < 1:
             raise SystemExit(f"{cfg.dataset} holds {self.tokens} training tokens, fewer than PACK_TOKENS={self.pack}")
         self.micro = micro_blocks(cfg, run.world)
         self.room = self.guess_room()
-        self.pool, self.ahead = ThreadPoolExecutor(1), {}
+        self.pool, self.ahead = ThreadPoolExecutor(1), {}  # the next step is cut while this one runs
         self.order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
     @property
@@ -827,15 +833,15 @@ class TrainStream:
 
     def block(self, index: int) -> np.ndarray:
         """Block `index` of all shards: [PACK_TOKENS + 1] tokens, the last one only a target."""
-        shard = int(np.searchsorted(self.ends, index, side="right"))
+        shard = int(np.searchsorted(self.ends, index, side="right"))  # the first shard whose end lies behind the index
         at = (index - (self.ends[shard - 1] if shard else 0)) * self.pack
         return np.asarray(self.shards[shard][at:at + self.pack + 1])
 
     def block_at(self, place: int) -> np.ndarray:
         """The block at a place of the endless sequence of permuted epochs."""
-        epoch, at = divmod(place, int(self.ends[-1]))
+        epoch, at = divmod(place, int(self.ends[-1]))  # every block once before any comes again
         if self.order[0] != epoch:
-            rng = np.random.Generator(np.random.PCG64([self.cfg.seed, epoch]))
+            rng = np.random.Generator(np.random.PCG64([self.cfg.seed, epoch]))  # stable across numpy versions
             self.order = epoch, rng.permutation(int(self.ends[-1]))
         return self.block(int(self.order[1][at]))
 
@@ -850,7 +856,7 @@ class TrainStream:
         """Blocks side by side as one flat row."""
         ids = np.concatenate([b[:-1] for b in blocks])
         targets = np.concatenate([b[1:] for b in blocks])
-        forced = np.arange(len(blocks)) * self.pack
+        forced = np.arange(len(blocks)) * self.pack  # neighbours in a row are strangers
         cu = cut_segments(ids, forced, self.cfg.train_seq_len, self.cfg.doc_isolation)
         if self.room and len(cu) - 1 > self.room:  # rare; a new shape means one more compilation, so say it
             self.room = 2 * self.room
@@ -868,17 +874,17 @@ class ValidationSet:
     """All validation tokens, where documents begin, and the bytes of every target."""
 
     def __init__(self, cfg: Config, tokenizer: Tokenizer):
-        tokens = np.concatenate(find_shards(cfg.dataset, "val"))
+        tokens = np.concatenate(find_shards(cfg.dataset, "val"))  # all of it: 95 MB for the contest's set
         if len(tokens) < 2 or tokens[0] != BOS:
             raise SystemExit(f"validation shards in {cfg.dataset} do not begin with a document (BOS {BOS})")
         if int(tokens.max()) >= cfg.vocab_size:
             raise SystemExit(f"validation token {int(tokens.max())} >= VOCAB_SIZE={cfg.vocab_size}: another tokenizer's shards")
-        starts = np.flatnonzero(tokens == BOS)
+        starts = np.flatnonzero(tokens == BOS)  # where documents begin
         if cfg.val_docs and cfg.val_docs < len(starts):  # the next BOS stays: it is the last document's last target
             tokens, starts = tokens[:starts[cfg.val_docs] + 1], starts[:cfg.val_docs]
         self.tokens, self.starts = tokens, starts
-        self.bytes = tokenizer.count_bytes(tokens)
-        self.targets = len(tokens) - 1
+        self.bytes = tokenizer.count_bytes(tokens)  # BOS as a target costs nats and no bytes
+        self.targets = len(tokens) - 1  # every token but the first is predicted
         self.oracle = tokenizer.check_bytes(tokens[:-1] if cfg.val_docs else tokens, starts)
         self.isolate = cfg.doc_isolation
 
@@ -887,7 +893,7 @@ class ValidationSet:
         """[n, 2] spans of input positions that a window must not leave: documents, or the whole stream as one."""
         if not self.isolate:
             return np.array([[0, self.targets]])
-        ends = np.append(self.starts[1:], self.targets)
+        ends = np.append(self.starts[1:], self.targets)  # a document's last target is the next one's BOS
         spans = np.stack([self.starts, ends], 1)
         return spans[spans[:, 1] > spans[:, 0]]
 
@@ -920,8 +926,8 @@ def attention_eager(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -
     """The definition, O(T^2) memory: softmax(q k^T / sqrt(E)) v over earlier tokens of the same segment. -> [T, H, E]"""
     T, H, E = q.shape
     place = torch.arange(T, device=q.device)
-    segment = torch.searchsorted(cu, place, right=True)
-    seen = (segment[:, None] == segment[None]) & (place[:, None] >= place[None])
+    segment = torch.searchsorted(cu, place, right=True)  # which segment a token is in
+    seen = (segment[:, None] == segment[None]) & (place[:, None] >= place[None])  # same segment, not later
     k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))  # query head h reads kv head h // group
     scores = torch.einsum("qhe,khe->hqk", q.float(), k.float()) / math.sqrt(E)
     weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
@@ -932,7 +938,7 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) ->
     """Segments padded to the longest, then torch's dense causal attention. Padding lies behind every real token."""
     T, H, E = q.shape
     place = cu[:-1, None] + torch.arange(longest, device=q.device)  # [S, longest]
-    rows = place.clamp(max=T - 1).flatten()
+    rows = place.clamp(max=T - 1).flatten()  # padding reads some token; nobody reads its output
     group = H // k.shape[1]
     q_, k_, v_ = (x[rows].unflatten(0, place.shape).transpose(1, 2) for x in
                   (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
@@ -1012,15 +1018,16 @@ ATTENTION = {"fa4": attention_fa4, "fa3": attention_fa3, "varlen": attention_var
 
 def try_attention(name: str, cfg: Config, run: Run) -> str:
     """Run a backend forward and backward on four short segments; the error's text, empty if it agrees with eager."""
-    if name in HAVE and not (HAVE[name] and HAVE["cuda"]):
+    if name in HAVE and not (HAVE[name] and HAVE["cuda"]):  # sdpa and eager are torch itself
         return "not installed" if not HAVE[name] else "needs a GPU"
+    # a one-token segment breaks careless kernels
     cu = torch.tensor([0, 1, 70, 200, 256], dtype=torch.int32, device=run.device)
     heads = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
     rng = torch.Generator(run.device).manual_seed(0)
     qkv = [torch.randn(256, h, cfg.head_dim, device=run.device, generator=rng).to(run.dtype).requires_grad_() for h in heads]
     try:
         got = ATTENTION[name](*qkv, cu, 256)
-        got.float().sum().backward()
+        got.float().sum().backward()  # a forward alone proves nothing about training
         error = float((got - attention_eager(*qkv, cu, 256)).detach().abs().max())
         return "" if error < 0.05 else f"differs from the eager reference by {error:.3g}"
     except Exception as e:  # whatever a kernel library throws here only means: take another one
@@ -1049,7 +1056,7 @@ def choose_attention(cfg: Config, run: Run) -> Callable:
 
 def softcapped_nll(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
     """-log softmax(cap tanh(logits / cap))[target] in fp32. [T, V], [T] -> [T] nats"""
-    z = soft_cap(logits.float(), cap)
+    z = soft_cap(logits.float(), cap)  # fp32 from here: 8,192 exponentials are summed
     # a mask instead of a gather: its gradient is elementwise, so it fuses, and needs no atomics to be reproducible
     own = torch.arange(z.shape[-1], device=z.device) == targets[:, None]
     return z.logsumexp(-1) - z.where(own, 0.0).sum(-1)
@@ -1073,9 +1080,9 @@ def orthogonalize(g: Tensor, coefficients: tuple) -> Tensor:
     """
     x = g.bfloat16() if g.is_cuda else g.float()
     x = x.mT if g.shape[-2] > g.shape[-1] else x  # the smaller side's Gram matrix is the cheaper one
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # spectral norm at most 1, which the iteration needs
     for a, b, c in coefficients:
-        gram = x @ x.mT
+        gram = x @ x.mT  # symmetric, the smaller side squared
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if g.shape[-2] > g.shape[-1] else x
 
@@ -1119,7 +1126,7 @@ class Rotary(nn.Module):
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the first channels of each head, first half against second half; the rest carry no position. [T, H, E]"""
     cos, sin = rope
-    half = cos.shape[-1]
+    half = cos.shape[-1]  # rotary channels are the first 2 * half
     a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), -1)
     return torch.cat(((a * cos + b * sin).to(x.dtype), (b * cos - a * sin).to(x.dtype), rest), -1)
 
@@ -1129,7 +1136,7 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
 
     A head can always copy its own token through the residual stream; this leaves attention to the others. (PR #287)
     """
-    y_TKGE, v_TK1E = y.unflatten(1, (v.shape[1], -1)), v[:, :, None]
+    y_TKGE, v_TK1E = y.unflatten(1, (v.shape[1], -1)), v[:, :, None]  # G query heads share a kv head
     along = (y_TKGE * v_TK1E).sum(-1, keepdim=True) / (v_TK1E * v_TK1E).sum(-1, keepdim=True).clamp_min(1e-12)
     return (y_TKGE - along * v_TK1E).flatten(1, 2)
 
@@ -1157,6 +1164,7 @@ class HeadGate(nn.Module):
     def __init__(self, kind: str, heads: int, dim: int, window: int):
         super().__init__()
         reads, self.outer, self.inner, bias = GATES[kind]
+        # 12 leading channels suffice and cost 96 weights a layer
         self.width = {"none": 0, "window": window, "all": dim}[reads]
         self.weight = nn.Parameter(torch.empty(heads, self.width)) if self.width else None
         self.bias = nn.Parameter(torch.empty(heads)) if bias is not None else None
@@ -1166,7 +1174,7 @@ class HeadGate(nn.Module):
         bias = self.bias.to(x.dtype) if self.bias is not None else None
         if self.weight is None:
             return bias
-        z = F.linear(x[:, :self.width], self.weight.to(x.dtype), bias)
+        z = F.linear(x[:, :self.width], self.weight.to(x.dtype), bias)  # one small GEMM, fused into its neighbours
         return self.outer * torch.sigmoid(self.inner * z)
 
 
@@ -1194,17 +1202,18 @@ class Attention(nn.Module):
         self.qkv = Linear(sum(self.heads) * cfg.head_dim, cfg.model_dim)  # one GEMM; Muon sees three matrices (room 9)
         self.o = Linear(cfg.model_dim, cfg.num_heads * cfg.head_dim)
         self.q_gain = nn.Parameter(torch.empty(cfg.num_heads))
-        self.xsa = layer >= cfg.num_layers - cfg.xsa_last_n
+        self.xsa = layer >= cfg.num_layers - cfg.xsa_last_n  # the last N, counted from the end
         self.gate = (HeadGate(cfg.attn_gate, cfg.num_heads, cfg.model_dim, cfg.gate_window)
                      if cfg.attn_gate != "none" else None)
         self.value_mix = ValueMix(cfg.value_residual) if cfg.value_residual != "none" and layer > 0 else None
         self.gives_values = cfg.value_residual != "none" and layer == 0
-        self.attend = attend
+        self.attend = attend  # the backend; chosen once, in room 6
 
     def forward(self, x: Tensor, v0: Tensor | None, rope: tuple, cu: Tensor, longest: int) -> tuple[Tensor, Tensor | None]:
         """x [T, D] -> (output [T, D], this layer's values [T, K, E] where later layers want them)."""
+        # [T, H + 2K, E] cut into its three parts
         q, k, v = self.qkv(x).unflatten(-1, (sum(self.heads), -1)).split(self.heads, 1)
-        if self.value_mix is not None:
+        if self.value_mix is not None:  # before attention and XSA, so that both use one v
             v = self.value_mix(v, v0)
         q = rotate(norm(q), rope) * self.q_gain.to(x.dtype)[:, None]
         y = self.attend(q, rotate(norm(k), rope), v, cu, longest)
@@ -1212,7 +1221,7 @@ class Attention(nn.Module):
             y = exclude_self(y, v)
         if self.gate is not None:
             y = y * self.gate(x)[..., None]
-        return self.o(y.flatten(1)), (v if self.gives_values else None)
+        return self.o(y.flatten(1)), (v if self.gives_values else None)  # heads side by side again
 
 
 class MLP(nn.Module):
@@ -1222,7 +1231,7 @@ class MLP(nn.Module):
         super().__init__()
         self.up = Linear(cfg.hidden_dim, cfg.model_dim)
         self.down = Linear(cfg.model_dim, cfg.hidden_dim)
-        self.slope = 0.5 if cfg.mlp_act == "leaky_relu2" else 0.0
+        self.slope = 0.5 if cfg.mlp_act == "leaky_relu2" else 0.0  # 0 makes it ReLU squared
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.leaky_relu(self.up(x), self.slope).square())
@@ -1248,13 +1257,13 @@ class Block(nn.Module):
 
         Returns the new stream, the new second lane and this layer's values. (Two lanes: PR #1204.)
         """
-        kept, fresh = self.resid_mix.to(x.dtype)
-        base = kept * x + fresh * x0
+        kept, fresh = self.resid_mix.to(x.dtype)  # starts as (1, 0): the stream alone
+        base = kept * x + fresh * x0  # every block may reach back to the input
         a, v = self.attn(norm(base) * self.depth_scale, v0, rope, cu, longest)
         a = self.attn_scale.to(x.dtype) * a
         if mix is not None:
-            lane = x if lane is None else lane
-            b = self.mlp_out(lane)
+            lane = x if lane is None else lane  # the first such visit splits the stream
+            b = self.mlp_out(lane)  # the MLP reads its own lane, unmixed
             resid, post = mix[0].to(x.dtype), mix[1].to(x.dtype)
             return (resid[0] * x + post[0, 0] * a + post[0, 1] * b,
                     resid[1] * lane + post[1, 0] * a + post[1, 1] * b, v)
@@ -1283,11 +1292,11 @@ class Visit(NamedTuple):
 
 def layer_plan(cfg: Config, looping: bool) -> list[Visit]:
     """The order in which layers run. With recurrence LOOP_START..LOOP_END run NUM_LOOPS more times (PR #1204)."""
-    order = list(range(cfg.num_layers))
+    order = list(range(cfg.num_layers))  # without recurrence, each layer once
     if looping and cfg.num_loops:
-        loop = list(range(cfg.loop_start, cfg.loop_end + 1))
+        loop = list(range(cfg.loop_start, cfg.loop_end + 1))  # the same weights, at a new depth
         order = order[:cfg.loop_start] + loop * (cfg.num_loops + 1) + order[cfg.loop_end + 1:]
-    half = len(order) // 2
+    half = len(order) // 2  # encoder visits push, decoder visits pop
     skips = cfg.unet_skips != "none"
     lanes = cfg.parallel_residual == "two"
     return [Visit(layer, i - half if skips and half <= i < 2 * half else None, skips and i < half,
@@ -1305,7 +1314,7 @@ class BigramHash(nn.Module):
     def forward(self, ids: Tensor, pos: Tensor, dtype: torch.dtype) -> Tensor:
         """ids [T], pos [T] -> [T, D]."""
         rows = self.table.num_embeddings
-        mixed = (36313 * ids) ^ (27191 * ids.roll(1))
+        mixed = (36313 * ids) ^ (27191 * ids.roll(1))  # the constants of every script of the field
         wrapped = (mixed + 2 ** 31) % 2 ** 32 - 2 ** 31  # int32 wrap-around, as the field's scripts hash
         bucket = torch.where(pos > 0, wrapped.remainder(rows - 1), rows - 1)  # a segment's first token has no pair
         return self.scale.to(dtype) * self.proj(self.table(bucket).to(dtype))
@@ -1319,10 +1328,10 @@ class Smear(nn.Module):
         self.weight, self.scale = nn.Parameter(torch.empty(1, window)), nn.Parameter(torch.empty(1))
 
     def forward(self, x: Tensor, ids: Tensor, pos: Tensor) -> Tensor:
-        w = self.weight.to(x.dtype)
+        w = self.weight.to(x.dtype)  # [1, window]
         gate = self.scale.to(x.dtype) * torch.sigmoid(F.linear(x[:, :w.shape[1]], w))
-        gate = gate * ((pos > 0) & (ids != BOS))[:, None]
-        return x + gate * x.roll(1, 0)
+        gate = gate * ((pos > 0) & (ids != BOS))[:, None]  # a document's first token has no predecessor
+        return x + gate * x.roll(1, 0)  # row 0 rolls in the last token, and is masked
 
 
 class InputEmbedding(nn.Module):
@@ -1344,7 +1353,7 @@ class InputEmbedding(nn.Module):
             x = x + self.bigram(ids, pos, self.dtype)
         if self.smear_before is not None:
             x = self.smear_before(x, ids, pos)
-        x = norm(x)
+        x = norm(x)  # embeddings are tiny at the start
         return self.smear_after(x, ids, pos) if self.smear_after is not None else x
 
 
@@ -1357,7 +1366,7 @@ class SkipMerge(nn.Module):
         self.gates = nn.Parameter(torch.empty(rows, dim)) if gated else None
 
     def forward(self, x: Tensor, skip: Tensor, weight: Tensor, gate: Tensor | None) -> Tensor:
-        skip = weight.to(x.dtype) * skip
+        skip = weight.to(x.dtype) * skip  # a weight a channel
         return x + skip if gate is None else torch.lerp(skip, x, torch.sigmoid(gate).to(x.dtype))
 
 
@@ -1372,7 +1381,7 @@ class Head(nn.Module):
     def forward(self, h: Tensor, targets: Tensor | None, tied: Tensor) -> Tensor:
         """Per-token nats [T] fp32, or without targets the softcapped logits [T, V] fp32."""
         weight = tied if self.weight is None else self.weight
-        logits = F.linear(h, weight.to(h.dtype))
+        logits = F.linear(h, weight.to(h.dtype))  # bf16 products, fp32 accumulation
         return soft_cap(logits.float(), self.cap) if targets is None else softcapped_nll(logits, targets, self.cap)
 
 
@@ -1390,19 +1399,19 @@ class GPT(nn.Module):
         self.rotary = Rotary(cfg.rotary_dims, cfg.rope_base, max(cfg.train_seq_len, cfg.eval_seq_len))
         self.blocks = nn.ModuleList(Block(cfg, i, attend) for i in range(cfg.num_layers))
         self.plans = layer_plan(cfg, False), layer_plan(cfg, True)
-        rows = len(self.plans[1]) // 2 if cfg.unet_skips != "none" else 0
+        rows = len(self.plans[1]) // 2 if cfg.unet_skips != "none" else 0  # row k serves the k-th decoder visit
         self.skip = SkipMerge(rows, cfg.model_dim, cfg.unet_skips == "gated") if rows else None
         two = cfg.parallel_residual == "two"
         self.lane_resid = nn.Parameter(torch.empty(cfg.num_layers, 2)) if two else None
         self.lane_post = nn.Parameter(torch.empty(cfg.num_layers, 2, 2)) if two else None
         self.final_lane = {"attn": (1.0, 0.0), "mlp": (0.0, 1.0), "mean": (0.5, 0.5)}[cfg.parallel_final_lane]
         self.head = Head(cfg)
-        self.looping = False
-        self.run: Callable = call
+        self.looping = False  # training turns it on, evaluation always has it on
+        self.run: Callable = call  # compile_model may replace it
 
     def hidden(self, ids: Tensor, pos: Tensor, cu: Tensor, longest: int) -> Tensor:
         """The one forward: ids [T], pos [T], cu [S+1] -> normalised hidden states [T, D]."""
-        x0 = x = self.run(self.input, ids, pos)
+        x0 = x = self.run(self.input, ids, pos)  # kept: every block mixes it in again
         rope, lane, v0, stack = self.rotary(pos), None, None, []
         for visit in self.plans[self.looping]:
             if visit.skip is not None:
@@ -1410,11 +1419,11 @@ class GPT(nn.Module):
                 x = self.run(self.skip, x, stack.pop(), self.skip.weights[visit.skip], gate)
             mix = (self.lane_resid[visit.layer], self.lane_post[visit.layer]) if visit.lanes else None
             x, lane, v = self.run(self.blocks[visit.layer], x, lane, x0, v0, rope, cu, longest, mix)
-            v0 = v if v0 is None else v0
+            v0 = v if v0 is None else v0  # the first visit's values, for all
             if visit.push:
                 stack.append(x)
         if lane is not None:
-            x = self.final_lane[0] * x + self.final_lane[1] * lane
+            x = self.final_lane[0] * x + self.final_lane[1] * lane  # lanes end in one stream
         return norm(x)
 
     def nll(self, ids: Tensor, targets: Tensor, pos: Tensor, cu: Tensor, longest: int) -> Tensor:
@@ -1431,6 +1440,7 @@ def compile_model(model: GPT, cfg: Config, run: Run) -> None:
     how = cfg.compile_scope if cfg.compile_scope != "auto" else ("block" if run.gpu else "none")
     torch._dynamo.config.recompile_limit = 64  # training, scoring and adaptation each have their own few variants
     if how == "block":
+        # parameters are inputs of the graph, so layers share it
         model.run = torch.compile(call, dynamic=False, fullgraph=True)
     elif how == "full":
         model.nll = torch.compile(model.nll, dynamic=False, fullgraph=True)
@@ -1508,7 +1518,7 @@ def rows_of(model: nn.Module, cfg: Config) -> dict[str, Row]:
     """name -> its row; RuntimeError for a parameter that no row or more than one row matches."""
     table, found = parameter_table(cfg), {}
     for name, _ in model.named_parameters():
-        rows = [r for r in table if re.fullmatch(r.pattern, name)]
+        rows = [r for r in table if re.fullmatch(r.pattern, name)]  # a full match: no substring ever decides
         if len(rows) != 1:
             raise RuntimeError(f"parameter {name} matches {len(rows)} rows of the table, must be 1")
         found[name] = rows[0]
@@ -1520,8 +1530,8 @@ def initialize(model: nn.Module, cfg: Config) -> None:
     """Every parameter from its row and SEED, on the CPU so that all machines start alike."""
     rng = torch.Generator().manual_seed(cfg.seed)
     for (name, p), row in zip(model.named_parameters(), rows_of(model, cfg).values()):
-        p.fill_(math.nan)
-        for part in p.split(row.split) if row.split else (p,):
+        p.fill_(math.nan)  # what a row forgets to write is found below
+        for part in p.split(row.split) if row.split else (p,):  # each stacked matrix gets its own start
             row.init(part, rng)
         if not torch.isfinite(p).all():
             raise RuntimeError(f"parameter {name} was not initialised")
@@ -1538,6 +1548,7 @@ def describe_table(model: nn.Module, cfg: Config) -> list[str]:
 def adapted_names(model: nn.Module, cfg: Config) -> set[str]:
     """Parameters that test-time training moves (TTT_PARAMS)."""
     rows = rows_of(model, cfg)
+    # names begin like this
     last = tuple(f"blocks.{i}." for i in range(cfg.num_layers - cfg.ttt_unfreeze_blocks, cfg.num_layers))
     chosen = {"all": lambda n: True, "control": lambda n: rows[n].group == "scalar",
               "last": lambda n: rows[n].group == "scalar" or n.startswith(last)}[cfg.ttt_params]
@@ -1607,11 +1618,12 @@ class Muon:
 
     def __init__(self, params: list[tuple[nn.Parameter, tuple[int, ...]]], cfg: Config, run: Run):
         self.cfg, self.run = cfg, run
-        shapes: dict[tuple, list] = {}
+        shapes: dict[tuple, list] = {}  # (rows, columns) -> where they lie
         for p, split in params:
             for i, rows in enumerate(split or (p.shape[0],)):
                 shapes.setdefault((rows, p.shape[1]), []).append((p, sum(split[:i]), rows))
         self.banks = list(shapes.items())
+        # the last polynomial is the fixed point's
         polar = POLAR + (POLAR[-1],) * max(cfg.muon_backend_steps - len(POLAR), 0)
         self.coefficients = (polar if cfg.muon_coefficients == "polar" else
                              (QUINTIC,) * cfg.muon_backend_steps)[:cfg.muon_backend_steps]
@@ -1626,10 +1638,10 @@ class Muon:
         shards = []
         for (rows, cols), members in self.banks:
             grads = [p.grad[at:at + n] for p, at, n in members]
-            missing = -len(grads) % self.run.world
+            missing = -len(grads) % self.run.world  # zeros stay zeros through Newton-Schulz
             bank = torch.stack(grads + [torch.zeros_like(grads[0])] * missing)
             if self.run.world > 1:
-                shard = bank.new_empty(bank.shape[0] // self.run.world, rows, cols)
+                shard = bank.new_empty(bank.shape[0] // self.run.world, rows, cols)  # this rank's share of the sum
                 dist.reduce_scatter_tensor(shard, bank)
                 bank = shard.div_(self.run.world)
             shards.append(bank)
@@ -1639,17 +1651,18 @@ class Muon:
         """Update all matrices from reduced gradients times `scale` (the clip factor, a device scalar)."""
         for i, ((rows, cols), members) in enumerate(self.banks):
             g = shards[i].mul_(scale)
+            # fp32, like the gradient
             buf = self.momenta[i] = g.clone() if self.momenta[i] is None else self.momenta[i].mul_(momentum).add_(g)
             u = g.add(buf, alpha=momentum)  # Nesterov
             if self.cfg.muon_row_normalize:
-                u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+                u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)  # only directions of rows count from here on
             u = orthogonalize(u, self.coefficients)
             if self.run.world > 1:
                 full = u.new_empty(u.shape[0] * self.run.world, rows, cols)
                 dist.all_gather_into_tensor(full, u.contiguous())
                 u = full
             weights = [p.data[at:at + n] for p, at, n in members]
-            torch._foreach_mul_(weights, 1 - lr * self.cfg.muon_wd)
+            torch._foreach_mul_(weights, 1 - lr * self.cfg.muon_wd)  # decay first, decoupled from the gradient
             updates = [x.to(weights[0].dtype) for x in u[:len(weights)].unbind(0)]
             torch._foreach_add_(weights, updates, alpha=-lr * math.sqrt(max(1.0, rows / cols)))
 
@@ -1671,7 +1684,7 @@ class Optimizers:
         self.adam = torch.optim.AdamW(
             [{"params": self.groups[g], "base": lr, "lr": lr, "weight_decay": wd} for g, (lr, wd) in rates.items()
              if g in self.groups], betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
-        covered = {id(p) for ps in self.groups.values() for p in ps}
+        covered = {id(p) for ps in self.groups.values() for p in ps}  # a set of identities: tensors compare by value
         assert covered == {id(p) for p in model.parameters()}, "a parameter is optimised twice or not at all"
 
     def reset(self) -> None:
@@ -1690,14 +1703,14 @@ class Optimizers:
             for p, g in zip(self.small, flat.split([p.numel() for p in self.small])):
                 p.grad.copy_(g.view_as(p))
         shards, square = self.muon.reduce()
-        norms = torch._foreach_norm([p.grad for p in self.small])
+        norms = torch._foreach_norm([p.grad for p in self.small])  # already equal on all ranks
         norm = (self.run.sum_(square) + torch.stack(norms).square().sum()).sqrt()
         clip = self.cfg.grad_clip_norm
         scale = (clip / norm.clamp_min(clip)) if clip else torch.ones_like(norm)  # min(1, clip / norm), NaN stays NaN
         torch._foreach_mul_([p.grad for p in self.small], scale)
         for group in self.adam.param_groups:
-            group["lr"] = group["base"] * v.lr
-        self.adam.step()
+            group["lr"] = group["base"] * v.lr  # AdamW reads it when it steps
+        self.adam.step()  # runs while the matrices wait for nobody
         self.muon.step(shards, scale, self.cfg.matrix_lr * v.lr, v.momentum)
         return norm
 
@@ -1726,11 +1739,12 @@ class Average:
 
     def __init__(self, cfg: Config, model: nn.Module):
         self.cfg, self.params, self.count = cfg, [p.data for p in model.parameters()], 0
-        self.shadow = [p.clone() for p in self.params] if cfg.average != "none" else self.params
+        self.shadow = [p.clone() for p in self.params] if cfg.average != "none" else self.params  # fp32, as the masters are
 
     def update(self, p: float, dp: float) -> None:
         """After a step that moved progress by dp to p."""
         if self.cfg.average == "ema":
+            # a fixed decay only where one is asked for
             decay = self.cfg.ema_decay or math.exp(-dp / max(self.cfg.ema_horizon, 1e-9))
             torch._foreach_lerp_(self.shadow, self.params, 1 - decay)
         elif self.cfg.average == "swa" and (p >= self.cfg.swa_start_frac or not self.count):
@@ -1788,6 +1802,7 @@ def collect_hessians(model: GPT, cfg: Config, batches: list[Batch], run: Run) ->
         return hook
 
     owners = {n: row.sees or n.rpartition(".")[0] for n, row in quantized_rows(model, cfg).items()}
+    # an embedding's input are ids, no vectors
     hooks = [modules[m].register_forward_pre_hook(watch(n)) for n, m in owners.items()
              if m in modules and not isinstance(modules[m], nn.Embedding)]
     model.looping = cfg.num_loops > 0
@@ -1812,15 +1827,16 @@ def factor_hessians(h: Tensor) -> Factored:
 
     Columns whose inputs are always zero do not matter; their diagonal becomes 1 and their weights 0.
     """
-    h = h.clone()
+    h = h.clone()  # the caller's Hessians also measure the error later
     diagonal = h.diagonal(dim1=1, dim2=2)  # a view: writes below go into h
     dead = diagonal == 0
     diagonal.masked_fill_(dead, 1.0)
-    order = diagonal.argsort(dim=1, descending=True, stable=True)
+    order = diagonal.argsort(dim=1, descending=True, stable=True)  # columns that matter most are rounded first
     h = torch.take_along_dim(torch.take_along_dim(h, order[:, :, None], 1), order[:, None, :], 2)
     mean = h.diagonal(dim1=1, dim2=2).mean(1)
     eye = torch.eye(h.shape[-1], device=h.device)
     for damp in (DAMP, 10 * DAMP, 100 * DAMP):  # more only if fp32 finds the matrix indefinite
+        # _ex reports failure without an exception
         lower, bad = torch.linalg.cholesky_ex(h + damp * mean[:, None, None] * eye)
         if not bad.any():
             upper, bad = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
@@ -1840,11 +1856,11 @@ def gptq(w: Tensor, f: Factored, step: Tensor, qmax: int) -> Tensor:
         b = min(a + COLUMNS, width)
         errors = torch.empty_like(w[:, :, a:b])
         for j in range(a, b):
-            q[:, :, j] = (w[:, :, j] / step).round().clamp(-qmax, qmax)
+            q[:, :, j] = (w[:, :, j] / step).round().clamp(-qmax, qmax)  # every row of every layer of the batch
             e = (w[:, :, j] - q[:, :, j] * step) / f.upper[:, j, j, None]
-            w[:, :, j:b] -= e[:, :, None] * f.upper[:, j, None, j:b]
+            w[:, :, j:b] -= e[:, :, None] * f.upper[:, j, None, j:b]  # within the block at once
             errors[:, :, j - a] = e
-        w[:, :, b:] -= errors @ f.upper[:, a:b, b:]
+        w[:, :, b:] -= errors @ f.upper[:, a:b, b:]  # the rest of the matrix in one product
     return torch.take_along_dim(q, f.order.argsort(1)[:, None], 2).to(torch.int8)
 
 
@@ -1857,7 +1873,7 @@ class Quantizer:
         self.kept = {n: p for n, p in weights.items() if n not in quantized_rows(model, cfg)}
         batches: dict[tuple, list[str]] = {}
         for n, row in quantized_rows(model, cfg).items():
-            solved = cfg.quantizer == "gptq" and n in hessians
+            solved = cfg.quantizer == "gptq" and n in hessians  # without a Hessian there is nothing to feed forward
             batches.setdefault((row.quant, tuple(weights[n].shape), solved), []).append(n)
         self.batches = [(kind, names, torch.stack([weights[n] for n in names]),
                          factor_hessians(torch.stack([hessians[n] for n in names])) if solved else None,
@@ -1876,6 +1892,7 @@ class Quantizer:
         out, wrong, total = {}, {}, {}
         for kind, names, w, factors, h in self.batches:
             qmax, sigmas = quant_spec(self.cfg, kind)
+            # SDClip: a fixed entropy a row, whatever its outliers
             step = (coarser * sigmas / qmax * w.float().std(-1)).clamp_min(1e-7).half()
             q = (gptq(w, factors, step.float(), qmax) if factors is not None else
                  (w / step.float()[..., None]).round().clamp(-qmax, qmax).to(torch.int8))
@@ -1924,7 +1941,7 @@ def codec_names(wanted: str, run: Run) -> list[str]:
 
 def encode_section(data: bytes, names: list[str]) -> bytes:
     """The smallest coding: id, raw length, coded length (little-endian u8, u32, u32), payload."""
-    table = codecs()
+    table = codecs()  # cheap, and threads need their own compressor objects
     number, best = min(((table[n][0], table[n][1](data)) for n in names), key=lambda x: len(x[1]))
     return struct.pack("<BII", number, len(data), len(best)) + best
 
@@ -1943,12 +1960,13 @@ def build_artifact(tensors: dict[str, Quantized], kept: dict[str, Tensor], meta:
     halves = {**{n: t.step for n, t in tensors.items()}, **kept}
     manifest = {**meta, "integers": {n: list(t.q.shape) for n, t in tensors.items()},
                 "halves": {n: list(t.shape) for n, t in halves.items()}}
+    # one section: neighbours of one kind
     flat = torch.cat([t.detach().half().flatten().cpu() for t in halves.values()]).numpy()
-    raw = [json.dumps(manifest, separators=(",", ":")).encode(), shuffle_bytes(flat)]
+    raw = [json.dumps(manifest, separators=(",", ":")).encode(), shuffle_bytes(flat)]  # no indentation: it is counted
     raw += [t.q.cpu().numpy().tobytes() for t in tensors.values()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the coders release the interpreter lock
         sections = list(pool.map(lambda b: encode_section(b, names), raw))
-    body = struct.pack("<I", len(sections)) + b"".join(sections)
+    body = struct.pack("<I", len(sections)) + b"".join(sections)  # number of sections first
     parts = {"manifest": len(sections[0]), "scales and fp16": len(sections[1])}
     for n, s in zip(tensors, sections[2:]):
         part = re.sub(r"\.\d+\.", ".", n)
@@ -1960,7 +1978,7 @@ def read_artifact(data: bytes) -> tuple[dict, dict[str, Tensor]]:
     """(manifest, dense fp32 weights by name). SystemExit says whether a file is foreign, truncated or altered."""
     if data[:8] != ARTIFACT_MAGIC:
         raise SystemExit("artifact: not a file of this program (its first bytes differ)")
-    body = data[40:]
+    body = data[40:]  # behind magic and checksum
     if hashlib.sha256(body).digest() != data[8:40]:
         raise SystemExit(f"artifact: truncated or altered (checksum of its {len(data)} bytes differs)")
     known = {number: (name, decode) for name, (number, _, decode) in codecs().items()}
@@ -2017,7 +2035,7 @@ def coded_bits(tensors: dict[str, Quantized]) -> float:
     """Order-0 entropy of all integers, tensor by tensor: what a good coder spends, in bits."""
     bits = 0.0
     for t in tensors.values():
-        counts = torch.bincount(t.q.flatten().int() + 128, minlength=256).double()
+        counts = torch.bincount(t.q.flatten().int() + 128, minlength=256).double()  # shifted: int8 reaches below zero
         bits -= float((counts * (counts / counts.sum()).clamp_min(1e-12).log2()).sum())
     return bits
 
@@ -2035,7 +2053,7 @@ def fit_artifact(quantizer: Quantizer, meta: dict, cfg: Config, run: Run) -> tup
             coarser = coarsen_to(quantizer, limit, coarser)
         tensors, errors = quantizer.solve(coarser)
         data, parts = build_artifact(tensors, quantizer.kept, {**meta, "coarser": coarser}, names)
-        total, bits = len(data) + code, coded_bits(tensors)
+        total, bits = len(data) + code, coded_bits(tensors)  # what is counted is what is written
         shown = " ".join(f"{k}:{v:.2e}" for k, v in errors.items())
         run.log(f"pack: steps x{coarser:.4f} entropy {bits / quantizer.weights:.3f} bits/weight "
                 f"relative error {shown} total {total} of {cfg.artifact_max_bytes}")
@@ -2082,14 +2100,14 @@ class Ledger:
 
     def score(self, windows: np.ndarray) -> None:
         """Book windows [n, 3] (start, end, first scored) before their forward pass: they must go on at the frontier."""
-        begin, end = windows[:, 2], windows[:, 1]
+        begin, end = windows[:, 2], windows[:, 1]  # what a window scores is [first scored, end)
         if begin[0] < self.frontier or (begin[1:] < end[:-1]).any():
             raise Violation(f"position {int(begin[0])} would be scored a second time (frontier {self.frontier})")
         if begin[0] > self.frontier or (begin[1:] > end[:-1]).any():
             raise Violation(f"positions from {self.frontier} on would be skipped")
         if (windows[:, 0] > begin).any() or end[-1] > self.targets:
             raise Violation("a window scores what it does not read, or tokens that do not exist")
-        self.frontier = int(end[-1])
+        self.frontier = int(end[-1])  # from now on these may be learned from
 
     def learn(self, begin: int, end: int) -> None:
         """Book training on targets [begin, end): every one of them must have its final score already."""
@@ -2099,7 +2117,7 @@ class Ledger:
 
     def check_mass(self, logits: Tensor, targets: Tensor, nll: Tensor) -> None:
         """For sampled rows [n, V]: the probabilities sum to 1, and the score is this distribution's."""
-        p = logits.double().softmax(-1)
+        p = logits.double().softmax(-1)  # the whole vocabulary, in fp64
         wrong = float((p.gather(-1, targets[:, None]).log().squeeze(-1) + nll.double()).abs().max())
         self.mass_error = max(self.mass_error, float((p.sum(-1) - 1).abs().max()), wrong)
         self.sampled += len(targets)
@@ -2130,8 +2148,8 @@ def make_windows(sequences: np.ndarray, length: int, stride: int) -> np.ndarray:
     """
     rows = []
     for a, b in sequences:
-        starts = np.arange(a, max(b - (length - stride), a + 1), stride)
-        first = np.where(starts == a, a, starts + length - stride)
+        starts = np.arange(a, max(b - (length - stride), a + 1), stride)  # the last window still has something to score
+        first = np.where(starts == a, a, starts + length - stride)  # a document's start is scored with what there is
         rows.append(np.stack([starts, np.minimum(starts + length, b), first], 1))
     return np.concatenate(rows)
 
@@ -2163,7 +2181,7 @@ class Scorer:
         """Windows as segments of one row; on a GPU filled up with padding segments."""
         spans = [np.arange(a, b) for a, b, _ in windows]
         at, sizes = np.concatenate(spans), windows[:, 1] - windows[:, 0]
-        pad = self.row_tokens - len(at) if self.room else 0
+        pad = self.row_tokens - len(at) if self.room else 0  # padding tokens sit in segments of their own
         sizes = np.concatenate([sizes, np.diff(np.append(np.arange(0, pad, self.length), pad))])
         tokens = np.pad(self.val.tokens[at], (0, pad)), np.pad(self.val.tokens[at + 1], (0, pad))
         cu = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
@@ -2174,7 +2192,7 @@ class Scorer:
         """Score windows with the model as it is now. Rows do not depend on the number of ranks, so scores do not."""
         self.ledger.score(windows)
         for i, part in enumerate(self.rows(windows)):
-            if i % self.run.world != self.run.rank:
+            if i % self.run.world != self.run.rank:  # rows are the unit of work between ranks
                 continue
             batch = self.batch(part)
             nll = self.model.nll(*batch)
@@ -2213,7 +2231,7 @@ class Adapter:
         chosen = adapted_names(model, cfg)
         self.params = [p for n, p in model.named_parameters() if n in chosen]
         self.still = [p for n, p in model.named_parameters() if n not in chosen]
-        self.saved = [p.detach().clone() for p in self.params]
+        self.saved = [p.detach().clone() for p in self.params]  # the artifact's weights come back afterwards
         kinds = {"sgd": lambda ps: torch.optim.SGD(ps, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum),
                  "adamw": lambda ps: torch.optim.AdamW(ps, lr=cfg.ttt_lr, weight_decay=0.0)}
         self.optimizer = kinds[cfg.ttt_optimizer](self.params)
@@ -2243,14 +2261,14 @@ class Adapter:
     def step(self, begin: int, end: int) -> None:
         """One step on [begin, end). Ranks take equal shares; a share cut short by the end is padded and masked."""
         share = self.cfg.ttt_batch_tokens // self.run.world
-        a = begin + self.run.rank * share
-        real = max(0, min(share, end - a))
+        a = begin + self.run.rank * share  # this rank's piece of the step
+        real = max(0, min(share, end - a))  # 0 where the chunk ends before this rank's piece
         tokens = np.pad(self.val.tokens[a:a + real + 1] if real else np.zeros(1, np.uint16), (0, share - real))
         pieces = np.arange(0, share, min(self.cfg.eval_seq_len, share))  # never longer than a window
         cu = cut_segments(tokens[:-1], pieces, self.cfg.eval_seq_len, self.val.isolate)
         batch = make_batch(tokens[:-1], tokens[1:], cu, self.cfg.eval_seq_len, self.run, self.room(share))
         self.optimizer.zero_grad(set_to_none=True)
-        mask = torch.arange(share, device=self.run.device) < real
+        mask = torch.arange(share, device=self.run.device) < real  # padding earns no gradient
         ((self.model.nll(*batch) * mask).sum() / (end - begin)).backward()
         grads = [p.grad for p in self.params if p.grad is not None]
         if self.run.world > 1:
@@ -2267,7 +2285,7 @@ class Adapter:
 
 def group_chunks(windows: np.ndarray, tokens: int) -> list[np.ndarray]:
     """Consecutive windows in chunks that score at least `tokens` each (the last one less)."""
-    scored = np.cumsum(windows[:, 1] - windows[:, 2])
+    scored = np.cumsum(windows[:, 1] - windows[:, 2])  # tokens scored up to each window
     cuts = np.searchsorted(scored, np.arange(tokens, scored[-1], tokens)) + 1
     return [c for c in np.split(windows, np.unique(cuts)) if len(c)]
 
@@ -2359,10 +2377,10 @@ class Watch:
 
     def __init__(self, cfg: Config, run: Run, optimizers: Optimizers):
         self.cfg, self.run, self.optimizers = cfg, run, optimizers
-        self.pending: deque = deque()
+        self.pending: deque = deque()  # steps whose numbers are on their way
         self.seconds: deque = deque(maxlen=8)  # clock at the last reads, for the pace
         self.phases: dict[bool, list[float]] = {}  # looping -> [steps, seconds]
-        self.ceiling = 2 * math.log(cfg.vocab_size)
+        self.ceiling = 2 * math.log(cfg.vocab_size)  # twice the uniform guess is no language model
 
     def put(self, step: int, loss: Tensor, norm: Tensor, looping: bool) -> None:
         """Queue a step's numbers for the host."""
@@ -2441,9 +2459,9 @@ def train_step(model: GPT, optimizers: Optimizers, batches: list[Batch], v: Valu
     model.looping = v.looping
     total = 0.0
     for batch in batches:
-        loss = model.nll(*batch).mean() / len(batches)
+        loss = model.nll(*batch).mean() / len(batches)  # micro-batches are equally long: a mean of means
         loss.backward()
-        total = total + loss.detach()
+        total = total + loss.detach()  # stays on the device
     norm = optimizers.step(v)
     optimizers.zero_grad()
     return total, norm
@@ -2455,14 +2473,14 @@ def warm_up(model: GPT, optimizers: Optimizers, stream: TrainStream, cfg: Config
     Also times one calibration batch; returns the seconds to keep for the Hessians at the end.
     """
     saved = [p.detach().clone() for p in model.parameters()]
-    batches = stream.make(0)
+    batches = stream.make(0)  # training data, and the same for both graphs
     for looping in sorted({False, cfg.num_loops > 0}):
         for i in range(cfg.warmup_steps):
             train_step(model, optimizers, batches, Values(1.0, cfg.muon_momentum, looping))
             run.log(f"warmup_step:{i + 1}/{cfg.warmup_steps} looping:{looping} at:{run.clock.read():.1f}s")
     for p, s in zip(model.parameters(), saved):
         p.data.copy_(s)
-    optimizers.reset()
+    optimizers.reset()  # momentum of the warm-up must not reach step 0
     if cfg.gptq_reserve_seconds >= 0 or not cfg.timed or cfg.quantizer != "gptq":
         return max(cfg.gptq_reserve_seconds, 0.0)
     with run.clock.span("reserve probe"):
@@ -2483,7 +2501,7 @@ def train(model: GPT, cfg: Config, run: Run, stream: TrainStream, val: Validatio
     limit = cfg.max_wallclock_seconds - reserve
     average = Average(cfg, model)
     watch, checkpoints = Watch(cfg, run, optimizers), Checkpoints(model, average, cfg, run)
-    checkpoints.save(0, 0.0)
+    checkpoints.save(0, 0.0)  # so that there always is a good one
     run.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * limit:.0f}ms" if cfg.timed else "progress by steps")
     run.log(f"launch_to_first_step:{run.clock.read():.1f}s")
     step, p, last_p = 0, 0.0, 0.0
@@ -2491,6 +2509,7 @@ def train(model: GPT, cfg: Config, run: Run, stream: TrainStream, val: Validatio
     while True:
         watch.drain(keep=1)
         now = run.agree(run.clock.read("train"))
+        # two steps: the one in flight and the next
         stop = step >= cfg.iterations or cfg.timed and now + 2 * watch.pace() > limit
 
         # --------------- VALIDATE (training clock stopped) ---------------
@@ -2504,12 +2523,12 @@ def train(model: GPT, cfg: Config, run: Run, stream: TrainStream, val: Validatio
             break
 
         # --------------- TRAIN (training clock running) ---------------
-        p = min(1.0, max(step / cfg.iterations, now / limit if cfg.timed else 0.0))
+        p = min(1.0, max(step / cfg.iterations, now / limit if cfg.timed else 0.0))  # whichever budget is nearer its end
         v = schedules.at(p)
         if v.looping and not model.looping and cfg.num_loops:
             run.log(f"layer_loop:enabled step:{step} frac:{p:.3f} visits:{[x.layer for x in model.plans[1]]}")
         loss, norm = train_step(model, optimizers, stream.get(step), v)
-        average.update(p, p - last_p)
+        average.update(p, p - last_p)  # in progress, not in steps
         watch.put(step, loss, norm, v.looping)
         step, last_p = step + 1, p
         if cfg.checkpoint_seconds and now - checkpoints.last > cfg.checkpoint_seconds:
@@ -2549,10 +2568,10 @@ def report_training(cfg: Config, run: Run, watch: Watch, schedules: Schedules, s
 def sample(model: GPT, tokenizer: Tokenizer, cfg: Config, run: Run) -> str:
     """Continue SAMPLE_PROMPT by SAMPLE_TOKENS tokens, or up to the end of the document. Reproducible by SEED."""
     rng = torch.Generator().manual_seed(cfg.seed)
-    ids = [BOS] + tokenizer.sp.encode(cfg.sample_prompt)
+    ids = [BOS] + tokenizer.sp.encode(cfg.sample_prompt)  # as every document of the shards begins
     model.looping = cfg.num_loops > 0
     for _ in range(cfg.sample_tokens):
-        seen = torch.tensor(ids[-cfg.eval_seq_len:], device=run.device)
+        seen = torch.tensor(ids[-cfg.eval_seq_len:], device=run.device)  # no longer context than in scoring
         cu = torch.tensor([0, len(seen)], dtype=torch.int32, device=run.device)
         with torch.compiler.set_stance("force_eager"):  # the length changes with every token
             logits = model.logits(seen, torch.arange(len(seen), device=run.device), cu, len(seen))[-1].float().cpu()
@@ -2585,6 +2604,7 @@ def find_file(cfg: Config, given: str, suffix: str) -> Path:
 
 def restore_config(env: dict, stored: dict, path: Path) -> Config:
     """The stored run's own config, with what the environment says about running it; the network's shape is fixed."""
+    # what belongs to that run's files, not to its recipe
     own = {k: v for k, v in stored.items() if k not in ("mode", "run_id", "artifact_dir", "artifact", "checkpoint")}
     known = {f.name for f in dataclasses.fields(Config)}
     if own.keys() - known:
@@ -2654,7 +2674,7 @@ def pack(model: GPT, cfg: Config, run: Run, stream: TrainStream, tokenizer: Toke
         batches = [b for i in range(count) for b in stream.make(cfg.iterations + i)][:cfg.gptq_calibration_batches]
         hessians = collect_hessians(model, cfg, batches, run) if cfg.quantizer == "gptq" else {}
     run.log(f"gptq:calibrated {len(hessians)} layers in {run.clock.seconds['hessians']:.1f}s")
-    data = b""
+    data = b""  # only rank 0 quantises; the others receive the file
     with run.clock.span("quantise and pack"):
         if run.main:
             meta = {"config": cfg.as_dict(), "tokenizer": tokenizer.sha256, "validation": val.fingerprint(),

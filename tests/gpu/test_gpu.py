@@ -9,11 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-spec = importlib.util.spec_from_file_location("train_gpt", Path(__file__).parents[2] / "train_gpt.py")
-tg = importlib.util.module_from_spec(spec)
-sys.modules["train_gpt"] = tg
-spec.loader.exec_module(tg)
+def load():
+    """train_gpt.py as a module, once for all test files of a session (its operators register by name)."""
+    if "train_gpt" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("train_gpt", Path(__file__).parents[2] / "train_gpt.py")
+        sys.modules["train_gpt"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["train_gpt"])
+    return sys.modules["train_gpt"]
 
+
+tg = load()
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
