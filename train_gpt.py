@@ -179,8 +179,8 @@ class OptimKnobs:
     """Kernels, optimisers and schedules."""
     attn_backend: str = knob("auto", "attention kernel; auto takes the first that works here",
                              ("auto", "fa4", "fa3", "varlen", "sdpa", "eager"))
-    compile_scope: str = knob("auto", "what torch.compile sees: a block at a time, or the whole network; auto: block on a GPU",
-                        ("auto", "none", "block", "full"))
+    compile_scope: str = knob("auto", "what torch.compile sees: nothing, or a block at a time; auto: block on a GPU",
+                               ("auto", "none", "block"))
     matrix_lr: float = knob(0.026, "Muon's step on matrices", low=0)
     scalar_lr: float = knob(0.02, "AdamW on vectors, gates and scalars", low=0)
     tied_embed_lr: float = knob(0.03, "AdamW on the embedding and hash tables", low=0)
@@ -1436,14 +1436,11 @@ class GPT(nn.Module):
 
 
 def compile_model(model: GPT, cfg: Config, run: Run) -> None:
-    """Give torch.compile a block at a time (one compilation serves all alike), or the whole network, or nothing."""
+    """Give torch.compile a block at a time: one compilation serves all layers, so start-up does not grow with depth."""
     how = cfg.compile_scope if cfg.compile_scope != "auto" else ("block" if run.gpu else "none")
     torch._dynamo.config.recompile_limit = 64  # training, scoring and adaptation each have their own few variants
     if how == "block":
-        # parameters are inputs of the graph, so layers share it
-        model.run = torch.compile(call, dynamic=False, fullgraph=True)
-    elif how == "full":
-        model.nll = torch.compile(model.nll, dynamic=False, fullgraph=True)
+        model.run = torch.compile(call, dynamic=False, fullgraph=True)  # parameters are inputs: layers share the graph
     run.log(f"compile:{how}")
 
 
