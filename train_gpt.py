@@ -108,7 +108,7 @@ class RunKnobs:
     mode: str = knob("train", "what this process does", ("train", "eval", "pack", "sample", "config"))
     preset: str = knob("", "table of overrides; empty: record with a GPU, smoke without", ("", "record", "baseline", "smoke"))
     run_id: str = knob("", "name of the run's files; empty: time and a random suffix")
-    seed: int = knob(1337, "init and data order; two seeds share neither", low=0)
+    seed: int = knob(1337, "init and data order; two seeds share neither", low=0, high=2**32 - 1)
     deterministic: bool = knob(False, "bit-equal reruns: deterministic kernels, progress counted in steps; slower")
     artifact_dir: str = knob("logs", "folder of logs, checkpoints and artifacts")
     artifact: str = knob("", "artifact to eval or sample; empty: the one of RUN_ID, else the newest in ARTIFACT_DIR")
@@ -234,7 +234,7 @@ class PackKnobs:
     ttt_momentum: float = knob(0.9, "SGD momentum", low=0, high=1)
     ttt_epochs: int = knob(3, "passes over a chunk after it is scored", low=1)
     ttt_batch_tokens: int = knob(16384, "tokens in one test-time step over all ranks", low=1)
-    ttt_grad_clip: float = knob(1.0, "clip of the test-time gradient norm", low=0)
+    ttt_grad_clip: float = knob(1.0, "clip of the test-time gradient norm; 0: none", low=0)
     ttt_params: str = knob("all", "what test-time training moves", ("all", "control", "last"))
     ttt_unfreeze_blocks: int = knob(2, "blocks that TTT_PARAMS=last moves, with all gains and gates", low=0)
 
@@ -275,7 +275,7 @@ RENAMED = {
 # them, and not one slip of the keyboard away from a knob, belongs to the shell and is left alone.
 FAMILIES = frozenset(
     "TTT GPTQ MUON EMA SWA QAT LQER XSA SMEAR BIGRAM TRIGRAM ROPE LOOPS LOOPING UNET WARMDOWN SOFTCAP GATED GATES "
-    "MTP DTG CASEOPS SIGMAS MIXER CROWN POLYAK SLIDING WALLCLOCK ITERATIONS KV QK VE POINTER OGD PHASED".split())
+    "MTP DTG CASEOPS SIGMAS MIXER CROWN POLYAK SLIDING WALLCLOCK ITERATIONS QK VE POINTER OGD PHASED".split())
 
 
 class ConfigError(SystemExit):
@@ -363,16 +363,24 @@ def check_value(f: dataclasses.Field, value) -> None:
         raise ConfigError(f"{name}={value}: must lie in [{bounds[0]}, {'inf' if bounds[1] is None else bounds[1]}]")
 
 
+def slips(name: str) -> set[str]:
+    """What a finger makes of a name: a letter dropped (not of four: SED is another program), doubled or swapped."""
+    cuts = [(name[:i], name[i:]) for i in range(len(name))]
+    return ({a + b[1:] for a, b in cuts if len(name) > 4} | {a + b[0] + b for a, b in cuts}
+            | {a + b[1::-1] + b[2:] for a, b in cuts})
+
+
 def refuse_unknown(env: dict, names: dict) -> None:
     """Stop on a variable that was meant as a knob but is none; silently ignored knobs have spoilt records before."""
+    longer = [n for n in names if len(n) > 4]  # MODEL and SPEED are as near to MODE and SEED as a slip, but are usual
     for name in sorted(set(env) - set(names)):
         if name in RENAMED:  # known elsewhere: say where it went
             raise ConfigError(f"{name} is called {RENAMED[name]} here: {names[RENAMED[name]].metadata['doc']}")
-        near = difflib.get_close_matches(name, names, 1, 0.87)
+        near = [n for n in names if set(name) <= set(n) and name in slips(n)] or difflib.get_close_matches(name, longer, 1, 0.87)
         if near or FAMILIES & set(name.split("_")):
             kin = [n for n in names if n.split("_")[0] == name.split("_")[0]]  # TTT_LERNING_RATE is one of TTT_*
             near = near or difflib.get_close_matches(name, kin or names, 1, 0)
-            raise ConfigError(f"unknown knob {name}={env[name]}; did you mean {near[0]}? (MODE=config lists all)")
+            raise ConfigError(f"unknown knob {name}; did you mean {near[0]}? (MODE=config lists all)")
 
 
 def load_config(env: dict, cuda: bool, base: dict | None = None) -> Config:
@@ -390,7 +398,12 @@ def load_config(env: dict, cuda: bool, base: dict | None = None) -> Config:
 
 def launch(env: dict) -> tuple[int, int, int]:
     """(rank, local rank, world size) as torchrun sets them; (0, 0, 1) without it."""
-    return tuple(int(env.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    ranks = {k: env.get(k, d) for k, d in ranks.items()}
+    for name, text in ranks.items():
+        if not text.isdecimal() or name == "WORLD_SIZE" and int(text) < 1:
+            raise ConfigError(f"{name}={text!r}: a rank or a number of ranks expected, as torchrun sets it")
+    return tuple(map(int, ranks.values()))
 
 
 def validate(cfg: Config, world: int) -> None:
@@ -399,7 +412,7 @@ def validate(cfg: Config, world: int) -> None:
     rules = [
         (d.model_dim % d.num_heads == 0, "NUM_HEADS", f"must divide MODEL_DIM={d.model_dim}"),
         (d.num_heads % d.num_kv_heads == 0, "NUM_KV_HEADS", f"must divide NUM_HEADS={d.num_heads}"),
-        (d.rope_dims % 2 == 0 and d.rotary_dims <= d.head_dim, "ROPE_DIMS", f"even, at most the head's {d.head_dim}"),
+        (d.rotary_dims % 2 == 0 and d.rotary_dims <= d.head_dim, "ROPE_DIMS", f"even, at most the head's {d.head_dim}"),
         (d.xsa_last_n <= d.num_layers, "XSA_LAST_N", f"at most NUM_LAYERS={d.num_layers}"),
         (not d.num_loops or d.loop_start <= d.loop_end < d.num_layers, "LOOP_END",
          f"LOOP_START={d.loop_start} <= LOOP_END={d.loop_end} < NUM_LAYERS={d.num_layers} must hold"),
@@ -407,9 +420,12 @@ def validate(cfg: Config, world: int) -> None:
         (d.blocks_per_batch % world == 0, "TRAIN_BATCH_TOKENS",
          f"its {d.blocks_per_batch} blocks of PACK_TOKENS={d.pack_tokens} do not divide over {world} ranks"),
         (d.pack_tokens <= d.micro_batch_tokens, "MICRO_BATCH_TOKENS", f"must hold one block of PACK_TOKENS={d.pack_tokens}"),
+        (d.parallel_residual == "none" or d.parallel_start_layer < d.num_layers, "PARALLEL_START_LAYER",
+         f"no layer runs side by side; PARALLEL_RESIDUAL=none says that, or take one below {d.num_layers}"),
         (d.eval_stride <= d.eval_seq_len, "EVAL_STRIDE", f"at most EVAL_SEQ_LEN={d.eval_seq_len}, else tokens are skipped"),
         (d.eval_seq_len <= d.val_batch_tokens, "VAL_BATCH_TOKENS", f"must hold one window of EVAL_SEQ_LEN={d.eval_seq_len}"),
         (d.ttt_batch_tokens % world == 0, "TTT_BATCH_TOKENS", f"does not divide over {world} ranks"),
+        (d.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE", "at least 2: one row is for tokens without a predecessor"),
         (d.gate_window <= d.model_dim, "GATE_WINDOW", f"at most MODEL_DIM={d.model_dim}"),
         (not d.deterministic or d.iterations < 20000 or d.mode != "train", "ITERATIONS",
          "DETERMINISTIC=1 counts progress in steps: say how many"),
@@ -725,15 +741,22 @@ class Tokenizer:
 
         Documents whose decoded text holds U+FFFD are passed over: there the decoder replaces broken UTF-8.
         """
-        edges, checked = np.append(starts, len(tokens)), 0
-        for i in np.unique(np.linspace(0, len(starts) - 1, min(sample, len(starts))).astype(int)):
+        edges, checked, same = np.append(starts, len(tokens)), 0, 0
+        picks = np.unique(np.linspace(0, len(starts) - 1, min(sample, len(starts))).astype(int))
+        for i in picks:
             doc = tokens[edges[i]:edges[i + 1]]
             text = self.sp.decode(doc.tolist())  # the independent way to the same number
             counted, decoded = int(self.count_bytes(doc).sum()), len(text.encode())  # the first token is BOS, no target
-            if counted != decoded and "\ufffd" not in text:
+            same += self.sp.encode(text) == doc[1:].tolist()
+            if "\ufffd" in text:
+                continue
+            if counted != decoded:
                 raise SystemExit(f"byte table and decoder differ on document {i}: {counted} and {decoded} bytes; "
                                  f"{self.path} is not the tokenizer of these shards, or its table is wrong")
             checked += 1
+        if 2 * same < len(picks):  # another tokenizer's table agrees with its own decoder, but the text is rubbish
+            raise SystemExit(f"{self.path} is not the tokenizer of these shards: only {same} of {len(picks)} documents "
+                             "give their own tokens when decoded and encoded again")
         return f"byte table equals decoded UTF-8 on {checked} documents"
 
 
@@ -759,8 +782,8 @@ def read_shard(path: Path) -> np.ndarray:
     if not path.is_file():
         raise SystemExit(f"shard {path} is missing; {fix}")
     size, header = path.stat().st_size, np.fromfile(path, "<i4", 256)  # a header can lie about a file that was cut
-    if len(header) < 256 or header[0] != MAGIC or header[1] != 1:
-        raise SystemExit(f"shard {path} has no contest header (magic {MAGIC}, version 1); {fix}")
+    if len(header) < 256 or header[0] != MAGIC or header[1] != 1 or header[2] < 1:
+        raise SystemExit(f"shard {path} has no contest header (magic {MAGIC}, version 1, tokens); {fix}")
     if size != HEADER_BYTES + 2 * int(header[2]):
         raise SystemExit(f"shard {path} has {size} bytes, its header says {HEADER_BYTES + 2 * int(header[2])}; {fix}")
     return np.memmap(path, "<u2", "r", HEADER_BYTES)  # pages are read when a block is drawn
@@ -772,6 +795,9 @@ def find_shards(folder: Path, split: str) -> list[np.ndarray]:
     if not paths:
         raise SystemExit(f"no fineweb_{split}_*.bin in {folder}; fetch them: python data/cached_challenge_fineweb.py, "
                          "or run without PRESET to use text that is already on this machine")
+    numbers = [int(p.stem.rsplit("_", 1)[1]) for p in paths]
+    for gap in set(range(numbers[0], numbers[-1])) - set(numbers):
+        read_shard(folder / f"fineweb_{split}_{gap:06d}.bin")  # names it as missing
     return [read_shard(p) for p in paths]
 
 
@@ -855,6 +881,8 @@ class TrainStream:
     def row(self, blocks: list[np.ndarray]) -> Batch:
         """Blocks side by side as one flat row."""
         ids = np.concatenate([b[:-1] for b in blocks])
+        if ids.max() >= self.cfg.vocab_size:
+            raise SystemExit(f"training token {ids.max()} >= VOCAB_SIZE={self.cfg.vocab_size}: another tokenizer's shards")
         targets = np.concatenate([b[1:] for b in blocks])
         forced = np.arange(len(blocks)) * self.pack  # neighbours in a row are strangers
         cu = cut_segments(ids, forced, self.cfg.train_seq_len, self.cfg.doc_isolation)
@@ -880,12 +908,13 @@ class ValidationSet:
         if int(tokens.max()) >= cfg.vocab_size:
             raise SystemExit(f"validation token {int(tokens.max())} >= VOCAB_SIZE={cfg.vocab_size}: another tokenizer's shards")
         starts = np.flatnonzero(tokens == BOS)  # where documents begin
-        if cfg.val_docs and cfg.val_docs < len(starts):  # the next BOS stays: it is the last document's last target
+        cut = 0 < cfg.val_docs < len(starts)
+        if cut:  # the next BOS stays: it is the last document's last target
             tokens, starts = tokens[:starts[cfg.val_docs] + 1], starts[:cfg.val_docs]
         self.tokens, self.starts = tokens, starts
         self.bytes = tokenizer.count_bytes(tokens)  # BOS as a target costs nats and no bytes
         self.targets = len(tokens) - 1  # every token but the first is predicted
-        self.oracle = tokenizer.check_bytes(tokens[:-1] if cfg.val_docs else tokens, starts)
+        self.oracle = tokenizer.check_bytes(tokens[:-1] if cut else tokens, starts)
         self.isolate = cfg.doc_isolation
 
     @property
@@ -2272,7 +2301,8 @@ class Adapter:
             flat = self.run.sum_(torch.cat([g.flatten() for g in grads]))
             for g, f in zip(grads, flat.split([g.numel() for g in grads])):
                 g.copy_(f.view_as(g))
-        torch.nn.utils.clip_grad_norm_(self.params, self.cfg.ttt_grad_clip)
+        if self.cfg.ttt_grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.params, self.cfg.ttt_grad_clip)
         self.optimizer.step()
 
     def room(self, share: int) -> int:
@@ -2281,7 +2311,7 @@ class Adapter:
 
 
 def group_chunks(windows: np.ndarray, tokens: int) -> list[np.ndarray]:
-    """Consecutive windows in chunks that score at least `tokens` each (the last one less)."""
+    """Consecutive windows in chunks that end at the first window past each multiple of `tokens`."""
     scored = np.cumsum(windows[:, 1] - windows[:, 2])  # tokens scored up to each window
     cuts = np.searchsorted(scored, np.arange(tokens, scored[-1], tokens)) + 1
     return [c for c in np.split(windows, np.unique(cuts)) if len(c)]

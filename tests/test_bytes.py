@@ -1,8 +1,8 @@
 """Room 4: the bytes that tokens stand for, which every score is divided by, against text that was really decoded.
 
 Several tokenizers, because SentencePiece treats spaces by settings that a model carries within it: the contest's, one
-with SentencePiece's defaults (a space is put before every text, and taken off again), one that keeps runs of spaces, one
-without byte pieces.
+with SentencePiece's defaults (a space is put before every text, and taken off again), one that keeps runs of spaces
+and has pieces with spaces within, one without byte pieces.
 """
 import dataclasses
 import io
@@ -27,7 +27,8 @@ we walk, we walked, we are walking through the woods; the weather was wonderful 
 KINDS = {
     "contest": dict(model_type="bpe", byte_fallback=True, add_dummy_prefix=False),
     "unigram": dict(model_type="unigram", byte_fallback=True),
-    "spaces": dict(model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False),
+    "spaces": dict(model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+                   split_by_whitespace=False),
     "no_bytes": dict(model_type="bpe", byte_fallback=False, vocab_size=220, character_coverage=1.0),
     "kept": dict(model_type="bpe", byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
                  add_dummy_prefix=False),
@@ -37,6 +38,7 @@ TOTAL = ("contest", "unigram", "spaces")  # those that can encode any text
 
 TEXTS = {
     "leading spaces of words": "the weather was wonderful",
+    "spaces within pieces": PROSE[0],
     "byte fallback": "Ӂ ᚠᛇᚻ ℵ ∮ \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
     "byte piece before a space": "ᚠ the ᚠ the",
     "non-Latin": "Привет, мир! 你好世界 안녕하세요",
@@ -139,6 +141,8 @@ def test_kinds_are_what_they_claim(make):
     fallback = document(make("contest"), TEXTS["byte fallback"])
     assert sum(make("contest").sp.is_byte(int(t)) for t in fallback) > 10
     assert len(make("spaces").sp.decode(document(make("spaces"), "a   b").tolist())) == 5
+    within = document(make("spaces"), TEXTS["spaces within pieces"])
+    assert any("▁" in make("spaces").sp.id_to_piece(int(t))[1:] for t in within)
     assert make("unigram").space_V[document(make("unigram"), "the")[1]]  # a space that the decoder takes off again
     assert not make("contest").space_V[document(make("contest"), "the")[1]]
 
@@ -208,6 +212,13 @@ def test_documents_that_are_passed_over_are_not_counted_as_checked(make):
     tokenizer = make("contest")
     broken = np.concatenate([document(tokenizer, "a"), ids(tokenizer, "<0xE4>")])
     assert " on 1 documents" in check(tokenizer, [broken, document(tokenizer, "fine")])
+
+
+def test_nothing_to_compare_is_no_proof(make):
+    """What another tokenizer makes of text outside its language is often no UTF-8 at all: passed over, all of it."""
+    broken = np.array([tg.BOS, *ids(make("contest"), "<0xE4>", "t", "<0xFF>")])
+    with pytest.raises(SystemExit, match="tokenizer"):
+        check(make("contest"), [broken] * 4)
 
 
 def test_a_kept_leading_space_is_never_miscounted_in_silence(make):

@@ -344,6 +344,7 @@ def test_sequences_with_empty_documents(corpus, tokenizer, altered, tail):
     val = load_val(altered(tokens), tokenizer)
     covered = [t for a, b in val.sequences for t in range(a, b)]
     assert covered == list(range(val.targets)) == list(range(len(tokens) - 1))
+    assert (val.sequences[:, 1] > val.sequences[:, 0]).all(), "an empty sequence: a window without tokens"
     assert val.bytes.sum() == sum(map(len, texts))
     assert load_val(altered(tokens), tokenizer, VAL_DOCS=1).targets == 1
 

@@ -219,7 +219,8 @@ def start(seed):
 
 def snapshot():
     # the writer is held up until training has gone on; weights of 1 were to be saved
-    path, gate = pathlib.Path(tempfile.mkdtemp()) / "test.ckpt", threading.Event()
+    folder, gate = tempfile.TemporaryDirectory(), threading.Event()
+    path = pathlib.Path(folder.name, "test.ckpt")
     run = types.SimpleNamespace(main=True, rank=0, path=lambda suffix: path)
     model = torch.nn.Linear(2, 2)
     model.weight.data.fill_(1.0)
@@ -607,23 +608,28 @@ def stopped(lab, name, number, knobs, line, delay=0.0):
     sent = time.monotonic()
     live.send(number)
     ended = live.end()
-    ended.took = time.monotonic() - sent
+    ended.took, ended.delay = time.monotonic() - sent, delay
     return ended
+
+
+def killed(lab, name, knobs, line, most):
+    """SIGKILL at a random moment of the `most` seconds after `line`."""
+    return stopped(lab, name, signal.SIGKILL, knobs, line, random.uniform(0, most))
 
 
 @pytest.fixture(scope="session")
 def accidents(lab):
-    jobs = {"SIGTERM": lambda: stopped(lab, "term", signal.SIGTERM, FOREVER, "step:3/"),
-            "SIGINT": lambda: stopped(lab, "int", signal.SIGINT, FOREVER, "step:3/"),
-            # a learning rate at which weights overflow after a few steps, and a checkpoint after every one of them
-            "explosion": lambda: lab.run("exploded", lab.small(MATRIX_LR=1e6, CHECKPOINT_SECONDS=1e-6))}
-    short = dict(ITERATIONS=2, CHECKPOINT_SECONDS=1e-6)
-    # three places where files are being written, at a random moment each: checkpoints, packing, the artifact itself
-    moments = {"training": (dict(FOREVER, CHECKPOINT_SECONDS=1e-6), "step:2/", 0.6), "packing": (short, "gptq:calibrated", 1.3),
-               "writing": (short, "Total submission size", 0.02)}
-    for name, (knobs, line, most) in moments.items():
-        jobs[name] = lambda n=name, k=knobs, at=line, d=random.uniform(0, most): stopped(lab, f"kill_{n}", signal.SIGKILL, k, at, d)
-    return together(jobs)
+    short, often = dict(ITERATIONS=2), dict(CHECKPOINT_SECONDS=1e-6)  # often: after every step
+    return together({
+        "SIGTERM": lambda: stopped(lab, "term", signal.SIGTERM, FOREVER, "step:3/"),
+        "SIGINT": lambda: stopped(lab, "int", signal.SIGINT, FOREVER, "step:3/"),
+        # the three places where files are being written: checkpoints, packing, the artifact itself
+        "training": lambda: killed(lab, "kill_training", FOREVER | often, "step:2/", 0.6),
+        "packing": lambda: killed(lab, "kill_packing", short | often, "gptq:calibrated", 1.3),
+        "writing": lambda: killed(lab, "kill_writing", short | often, "Total submission size", 0.02),
+        # a learning rate at which weights overflow after a few steps
+        "explosion": lambda: lab.run("exploded", lab.small(MATRIX_LR=1e6, **often)),
+    })
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
@@ -640,7 +646,7 @@ def test_signal_ends_training_in_good_order(accidents, name):
 def test_sigkill_leaves_whole_files(accidents, name):
     ended = accidents[name]
     assert ended.code in (-signal.SIGKILL, 0), ended.out  # 0: the run was faster
-    assert f"logs/{ended.run_id}.ckpt" in ended.files
+    assert f"logs/{ended.run_id}.ckpt" in ended.files, f"killed after {ended.delay:.3f}s"
     check_whole(ended)
 
 

@@ -236,23 +236,19 @@ def test_reported_error_is_the_output_error(run):
     weights, names = dict(model.named_parameters()), [n for n in out if ".mlp." in n]
     e, w, h = ([f(n).double() for n in names] for f in (lambda n: weights[n] - out[n].dense(), weights.get, hessians.get))
     ratio = sum(torch.trace(a @ b @ a.T) for a, b in zip(e, h)) / sum(torch.trace(a @ b @ a.T) for a, b in zip(w, h))
-    assert errors["mlp"] == pytest.approx(float(ratio), rel=1e-3)
+    assert errors["mlp"] == pytest.approx(float(ratio.detach()), rel=1e-3)
 
 
-def test_gptq_lowers_the_models_error(run):
-    """On the tokens it was calibrated with, the quantised network stays nearer to the dense one than by rounding."""
-    model, rows, change = lively(small()), make_rows(run, 8), {}
-    dense = {n: p.detach().clone() for n, p in model.named_parameters()}
-    model.looping = True
-    before = torch.cat([model.nll(*r).detach() for r in rows])
+def test_gptq_lowers_the_output_error_of_every_matrix(run):
+    """With the inputs of a real forward pass, and with the record's own bits and clips."""
+    model, rows, errors = lively(small()), make_rows(run, 8), {}
+    hessians = tg.collect_hessians(model, small(), rows, run)
     for kind in ("rtn", "gptq"):
-        cfg = small(quantizer=kind, matrix_bits=4, embed_bits=5, attn_clip_sigmas=3.0, mlp_clip_sigmas=3.0, embed_clip_sigmas=3.0)
-        tg.load_weights(model, dense)
-        hessians = tg.collect_hessians(model, cfg, rows, run) if kind == "gptq" else {}
-        out, _ = tg.Quantizer(model, cfg, hessians, run).solve()
-        tg.load_weights(model, {**dense, **{n: t.dense() for n, t in out.items()}})
-        change[kind] = float((torch.cat([model.nll(*r).detach() for r in rows]) - before).square().mean())
-    assert change["gptq"] < 0.7 * change["rtn"]
+        out, _ = tg.Quantizer(model, small(quantizer=kind), hessians, run).solve()
+        wrong = {n: (p - out[n].dense()).detach().double() for n, p in model.named_parameters() if n in hessians}
+        errors[kind] = {n: float(((e @ hessians[n].double()) * e).sum()) for n, e in wrong.items()}
+    ratios = [errors["gptq"][n] / errors["rtn"][n] for n in hessians]
+    assert max(ratios) < 1 and np.mean(ratios) < 0.8
 
 
 def test_coarser_steps_cost_fewer_bits(run):
@@ -427,7 +423,8 @@ def test_weights_of_another_network_are_refused():
 # ----------------------------------------------------------------------------------------------------------------------
 # The cap
 # ----------------------------------------------------------------------------------------------------------------------
-WIDER = dict(model_dim=64, mlp_mult=4, num_layers=5, xsa_last_n=5, bigram_vocab_size=0, compressor="lzma")
+# zlib is the coder farthest from the entropy that the search steers by; rounding, for the search does not care
+WIDER = dict(model_dim=64, mlp_mult=4, num_layers=5, xsa_last_n=5, bigram_vocab_size=0, compressor="zlib", quantizer="rtn")
 
 
 @pytest.fixture(scope="module")
@@ -436,12 +433,12 @@ def wide():
     cfg = small(**WIDER)
     run = make_run(cfg)
     q = quantizer(cfg, run)
-    return q, len(tg.pack_code(tg.SOURCE)), len(tg.build_artifact(q.solve()[0], q.kept, {}, ["lzma"])[0])
+    return q, len(tg.pack_code(tg.SOURCE)), len(tg.build_artifact(q.solve()[0], q.kept, {}, ["zlib"])[0])
 
 
-@pytest.mark.parametrize("share", [0.97, 0.85, 0.6, 0.4])
+@pytest.mark.parametrize("share", [0.97, 0.85, 0.6])
 def test_an_artifact_over_the_cap_is_made_to_fit(share, wide):
-    """It lands under the cap, and gives away no more than 2% of it. At 40% of its size few integers are not 0."""
+    """It lands under the cap, and gives away no more than 2% of it: bytes left over are loss given away."""
     q, code, model = wide
     cap = code + int(share * model)
     cfg = small(**WIDER, artifact_max_bytes=cap)

@@ -119,8 +119,10 @@ def test_commands_of_the_docstring_pass_the_config():
 
 @pytest.mark.parametrize("line, expected", [
     ("$ python train_gpt.py", [({}, 1, "python")]),
-    ("SEED=7 MODE=config python3 -u train_gpt.py > log.txt  # a comment with an apostrophe's mark", [({"SEED": "7", "MODE": "config"}, 1, "python3")]),
-    ('MODE=sample SAMPLE_PROMPT="The cat; SEED=1" python train_gpt.py', [({"MODE": "sample", "SAMPLE_PROMPT": "The cat; SEED=1"}, 1, "python")]),
+    ("SEED=7 MODE=config python3 -u train_gpt.py > log.txt  # an apostrophe's mark",
+     [({"SEED": "7", "MODE": "config"}, 1, "python3")]),
+    ('MODE=sample SAMPLE_PROMPT="The cat; SEED=1" python train_gpt.py',
+     [({"MODE": "sample", "SAMPLE_PROMPT": "The cat; SEED=1"}, 1, "python")]),
     ("SEED=1 torchrun --standalone --nproc_per_node=8 train_gpt.py", [({"SEED": "1"}, 8, "torchrun")]),
     ("torchrun --nnodes=2 --nproc-per-node=8 train_gpt.py", [({}, 16, "torchrun")]),
     ("for s in 1 2; do SEED=$s python train_gpt.py; done", [({"SEED": "1337"}, 1, "python")]),
@@ -132,8 +134,9 @@ def test_parser_of_commands(line, expected):
     assert commands(line) == expected
 
 
-@pytest.mark.parametrize("line", ["TTT_LERNING_RATE=1 python train_gpt.py", "SEED=x python train_gpt.py", "PRESET=fast python train_gpt.py",
-                                  "torchrun --nproc_per_node=7 train_gpt.py", "EVAL_STRIDE=4096 python train_gpt.py"])
+@pytest.mark.parametrize("line", [
+    "TTT_LERNING_RATE=1 python train_gpt.py", "SEED=x python train_gpt.py", "PRESET=fast python train_gpt.py",
+    "torchrun --nproc_per_node=7 train_gpt.py", "EVAL_STRIDE=4096 python train_gpt.py"])
 def test_wrong_commands_are_refused(line):
     (command,) = commands(line)
     with pytest.raises(tg.ConfigError):
