@@ -75,8 +75,8 @@ def installed(module: str) -> bool:
 
 def windowed_varlen() -> bool:
     """Whether this torch has varlen attention with a window, which is how it spells 'causal' since 2.11."""
-    if not installed("torch.nn.attention.varlen"):
-        return False
+    if not torch.cuda.is_available() or not installed("torch.nn.attention.varlen"):
+        return False  # it needs a GPU, and importing it takes a second
     from torch.nn.attention.varlen import varlen_attn
     return "window_size" in inspect.signature(varlen_attn).parameters
 
@@ -383,7 +383,7 @@ def refuse_unknown(env: dict, names: dict) -> None:
             raise ConfigError(f"unknown knob {name}; did you mean {near[0]}? (MODE=config lists all)")
 
 
-def load_config(env: dict, cuda: bool, base: dict | None = None) -> Config:
+def load_config(env: dict, cuda: bool, base: dict | None = None, check: bool = True) -> Config:
     """Resolve preset, then `base` (an artifact's own config), then the environment; every error is a ConfigError."""
     names = {f.name.upper(): f for f in dataclasses.fields(Config)}
     refuse_unknown(env, names)
@@ -392,7 +392,8 @@ def load_config(env: dict, cuda: bool, base: dict | None = None) -> Config:
     check_value(names["PRESET"], preset)
     values = {**PRESETS[preset], **(base or {}), **given, "preset": preset}  # later entries win
     cfg = Config(**values)
-    validate(cfg, launch(env)[2])
+    if check:
+        validate(cfg, launch(env)[2])
     return cfg
 
 
@@ -658,9 +659,9 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read_config(env: dict, base: dict | None = None) -> Config:
+def read_config(env: dict, base: dict | None = None, check: bool = True) -> Config:
     """load_config for this machine: whether it has a GPU decides the default preset."""
-    return load_config(env, HAVE["cuda"], base)
+    return load_config(env, HAVE["cuda"], base, check)
 
 
 def named(cfg: Config) -> Config:
@@ -861,7 +862,11 @@ class TrainStream:
         """Block `index` of all shards: [PACK_TOKENS + 1] tokens, the last one only a target."""
         shard = int(np.searchsorted(self.ends, index, side="right"))  # the first shard whose end lies behind the index
         at = (index - (self.ends[shard - 1] if shard else 0)) * self.pack
-        return np.asarray(self.shards[shard][at:at + self.pack + 1])
+        tokens = np.asarray(self.shards[shard][at:at + self.pack + 1])
+        if int(tokens.max()) >= self.cfg.vocab_size:
+            raise SystemExit(f"shard {self.shards[shard].filename}: training token {int(tokens.max())} >= "
+                             f"VOCAB_SIZE={self.cfg.vocab_size}: another tokenizer's shards")
+        return tokens
 
     def block_at(self, place: int) -> np.ndarray:
         """The block at a place of the endless sequence of permuted epochs."""
@@ -881,8 +886,6 @@ class TrainStream:
     def row(self, blocks: list[np.ndarray]) -> Batch:
         """Blocks side by side as one flat row."""
         ids = np.concatenate([b[:-1] for b in blocks])
-        if ids.max() >= self.cfg.vocab_size:
-            raise SystemExit(f"training token {ids.max()} >= VOCAB_SIZE={self.cfg.vocab_size}: another tokenizer's shards")
         targets = np.concatenate([b[1:] for b in blocks])
         forced = np.arange(len(blocks)) * self.pack  # neighbours in a row are strangers
         cu = cut_segments(ids, forced, self.cfg.train_seq_len, self.cfg.doc_isolation)
@@ -2087,6 +2090,8 @@ def fit_artifact(quantizer: Quantizer, meta: dict, cfg: Config, run: Run) -> tup
         if total <= cfg.artifact_max_bytes:
             return data, {"code": code, **parts}, coarser
         limit = bits - 1.1 * 8 * (total - cfg.artifact_max_bytes) - 0.0005 * bits  # a little spare saves a second coding
+        if limit <= 0:  # code and fp16 values alone are too large
+            break
     run.fail(f"artifact does not fit: {total} bytes > {cfg.artifact_max_bytes} at steps x{coarser:.2f}")
     return data, {"code": code, **parts}, coarser
 
@@ -2144,10 +2149,10 @@ class Ledger:
     def check_mass(self, logits: Tensor, targets: Tensor, nll: Tensor) -> None:
         """For sampled rows [n, V]: the probabilities sum to 1, and the score is this distribution's."""
         p = logits.double().softmax(-1)  # the whole vocabulary, in fp64
-        wrong = float((p.gather(-1, targets[:, None]).log().squeeze(-1) + nll.double()).abs().max())
-        self.mass_error = max(self.mass_error, float((p.sum(-1) - 1).abs().max()), wrong)
+        wrong = (p.gather(-1, targets[:, None]).log().squeeze(-1) + nll.double()).abs()
+        self.mass_error = max(float(torch.maximum((p.sum(-1) - 1).abs(), wrong).max()), self.mass_error)
         self.sampled += len(targets)
-        if self.mass_error > 1e-2:
+        if not self.mass_error <= 1e-2:  # NaN is none
             raise Violation(f"a score is {self.mass_error:.3g} nats away from the model's normalised distribution")
 
     def verdict(self) -> str:
@@ -2429,7 +2434,7 @@ class Watch:
         steps, spent = self.phases.setdefault(looping, [0, 0.0])
         self.phases[looping] = [steps + 1, spent + now - last]
         if not (math.isfinite(loss) and math.isfinite(norm)) or loss > self.ceiling:
-            raise Diverged(f"step {step}: loss {loss:.4g} (ceiling {self.ceiling:.2f}), gradient norm {norm:.4g}; groups "
+            raise Diverged(f"step {step + 1}: loss {loss:.4g} (ceiling {self.ceiling:.2f}), gradient norm {norm:.4g}; groups "
                            + " ".join(f"{k} {v:.4g};" for k, v in self.optimizers.group_norms().items()))
         done = step + 1
         if done <= 10 or done % self.cfg.train_log_every == 0:
@@ -2456,7 +2461,7 @@ class Checkpoints:
     def __init__(self, model: nn.Module, average: Average, cfg: Config, run: Run):
         self.names = [n for n, _ in model.named_parameters()]
         self.average, self.cfg, self.run = average, cfg, run
-        self.pool, self.written, self.last = ThreadPoolExecutor(1), None, 0.0
+        self.pool, self.written, self.held, self.last = ThreadPoolExecutor(1), None, None, 0.0
 
     @property
     def path(self) -> Path:
@@ -2467,9 +2472,14 @@ class Checkpoints:
         self.last = now
         if not self.run.main or not torch.stack(torch._foreach_norm(self.average.shadow)).isfinite().all():
             return
-        weights = {n: t.detach().cpu() for n, t in zip(self.names, self.average.shadow)}
-        self.wait()
-        self.written = self.pool.submit(self.write, {"config": self.cfg.as_dict(), "step": step, "weights": weights})
+        weights = {n: t.detach().to("cpu", copy=True) for n, t in zip(self.names, self.average.shadow)}
+        self.held = {"config": self.cfg.as_dict(), "step": step, "weights": weights}
+
+    def release(self, seen: float) -> None:
+        """Write the snapshot once more than `step` losses were seen: the next one was computed with its weights."""
+        if self.held is not None and seen > self.held["step"]:
+            self.wait()
+            self.written, self.held = self.pool.submit(self.write, self.held), None
 
     def write(self, content: dict) -> None:
         box = io.BytesIO()
@@ -2484,14 +2494,13 @@ class Checkpoints:
 def train_step(model: GPT, optimizers: Optimizers, batches: list[Batch], v: Values) -> tuple[Tensor, Tensor]:
     """One optimiser step over this rank's micro-batches; (mean loss, gradient norm), both on the device."""
     model.looping = v.looping
+    optimizers.zero_grad()  # not after the step: the report of a run that goes wrong reads gradients
     total = 0.0
     for batch in batches:
         loss = model.nll(*batch).mean() / len(batches)  # micro-batches are equally long: a mean of means
         loss.backward()
         total = total + loss.detach()  # stays on the device
-    norm = optimizers.step(v)
-    optimizers.zero_grad()
-    return total, norm
+    return total, optimizers.step(v)
 
 
 def warm_up(model: GPT, optimizers: Optimizers, stream: TrainStream, cfg: Config, run: Run) -> float:
@@ -2529,12 +2538,14 @@ def train(model: GPT, cfg: Config, run: Run, stream: TrainStream, val: Validatio
     average = Average(cfg, model)
     watch, checkpoints = Watch(cfg, run, optimizers), Checkpoints(model, average, cfg, run)
     checkpoints.save(0, 0.0)  # so that there always is a good one
+    checkpoints.release(math.inf)
     run.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * limit:.0f}ms" if cfg.timed else "progress by steps")
     run.log(f"launch_to_first_step:{run.clock.read():.1f}s")
     step, p, last_p = 0, 0.0, 0.0
     run.clock.switch("train")
     while True:
         watch.drain(keep=1)
+        checkpoints.release(step - len(watch.pending))
         now = run.agree(run.clock.read("train"))
         # two steps: the one in flight and the next
         stop = step >= cfg.iterations or cfg.timed and now + 2 * watch.pace() > limit
@@ -2558,7 +2569,7 @@ def train(model: GPT, cfg: Config, run: Run, stream: TrainStream, val: Validatio
         average.update(p, p - last_p)  # in progress, not in steps
         watch.put(step, loss, norm, v.looping)
         step, last_p = step + 1, p
-        if cfg.checkpoint_seconds and now - checkpoints.last > cfg.checkpoint_seconds:
+        if cfg.checkpoint_seconds and checkpoints.held is None and now - checkpoints.last > cfg.checkpoint_seconds:
             checkpoints.save(step, now)
     watch.drain(keep=0)
     run.clock.switch("after training")
@@ -2646,16 +2657,21 @@ def restore_config(env: dict, stored: dict, path: Path) -> Config:
 
 def resolve(env: dict) -> tuple[Config, dict | None]:
     """(config, stored weights or None) for this MODE; without shards and without a named PRESET, the smoke run."""
-    cfg = read_config(env)
+    cfg = read_config(env, check=False)  # where to look; the stored config decides what fits together
     if cfg.mode in ("eval", "sample"):
         path = find_file(cfg, cfg.artifact, ".artifact")
-        manifest, weights = read_artifact(path.read_bytes())
-        return restore_config(env, manifest["config"], path), {"weights": weights, "manifest": manifest, "path": path}
+        data = path.read_bytes()
+        manifest, weights = read_artifact(data)
+        return (restore_config(env, manifest["config"], path),
+                {"weights": weights, "manifest": manifest, "path": path, "data": data})
     if cfg.mode == "pack":
         path = find_file(cfg, cfg.checkpoint, ".ckpt")
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as e:  # torch names neither the file nor one kind of error
+            raise SystemExit(f"checkpoint {path}: truncated, or not a file of this program ({type(e).__name__})") from None
         return restore_config(env, stored["config"], path), {"weights": stored["weights"], "path": path}
-    return named(cfg), None
+    return named(read_config(env)), None
 
 
 def without_shards(env: dict, cfg: Config) -> Config | None:
@@ -2742,17 +2758,16 @@ def finish(cfg: Config, run: Run, results: dict[str, Score], total: int | None) 
                            "legal: score-first, one pass, full distribution, budgets and bytes within their limits"))
 
 
-def score_artifact(data_or_stored, model: GPT, cfg: Config, run: Run, val: ValidationSet) -> dict[str, Score]:
-    """Load an artifact (bytes, or what was read from a file) into the model and run every configured pass."""
+def score_artifact(data: bytes, model: GPT, cfg: Config, run: Run, val: ValidationSet) -> dict[str, Score]:
+    """Decode an artifact into the model, on the evaluation clock, and run every configured pass."""
     with run.clock.span("eval load"):
-        weights = read_artifact(data_or_stored)[1] if isinstance(data_or_stored, bytes) else data_or_stored["weights"]
-        load_weights(model, weights)
+        load_weights(model, read_artifact(data)[1])
     return evaluate(model, val, cfg, run)
 
 
 def job(cfg: Config, run: Run, stored: dict | None) -> None:
     """Everything between an open log and a closed one."""
-    if cfg.preset == "smoke" or cfg.data_path == SMOKE["data_path"]:
+    if cfg.data_path == SMOKE["data_path"]:
         build_local_corpus(cfg, run)
     tokenizer = Tokenizer(cfg.tokenizer, cfg.vocab_size)
     if cfg.mode == "sample":
@@ -2766,6 +2781,8 @@ def job(cfg: Config, run: Run, stored: dict | None) -> None:
     if stored and "manifest" in stored and stored["manifest"]["validation"] != val.fingerprint():
         run.warn("these validation tokens are not the ones the artifact was first scored on")
     stream = TrainStream(cfg, run) if cfg.mode in ("train", "pack") else None
+    if stream:
+        codec_names(cfg.compressor, run)  # a missing coder stops the run now, not after training
     model = build_model(cfg, run)
     describe_plan(model, cfg, run)
     total = None
@@ -2778,6 +2795,11 @@ def job(cfg: Config, run: Run, stored: dict | None) -> None:
     if cfg.mode in ("train", "pack"):
         stored = pack(model, cfg, run, stream, tokenizer, val)
         total = len(stored) + len(pack_code(SOURCE))
+    else:
+        total = stored["path"].stat().st_size + len(pack_code(SOURCE))
+        if total > cfg.artifact_max_bytes:
+            run.fail(f"artifact does not fit: {total} bytes > {cfg.artifact_max_bytes}")
+        stored = stored["data"]
     finish(cfg, run, score_artifact(stored, model, cfg, run, val), total)
 
 
@@ -2791,6 +2813,7 @@ def train_and_average(model: GPT, cfg: Config, run: Run, stream: TrainStream, va
         diagnose(model, val, cfg, run, "pre-quantization post-ema")
     checkpoints = Checkpoints(model, average, cfg, run)
     checkpoints.save(cfg.iterations, 0.0)
+    checkpoints.release(math.inf)
     checkpoints.wait()
 
 

@@ -452,6 +452,16 @@ def test_a_test_time_step_trains_on_its_tokens_and_no_others(chunk, run, monkeyp
         torch.testing.assert_close(p.detach(), expected, atol=2e-4, rtol=1e-3)
 
 
+def test_the_rate_falls_with_a_cosine_and_the_last_chunk_is_only_scored(run, monkeypatch):
+    calls = []
+    monkeypatch.setattr(tg.Adapter, "learn", lambda self, begin, end, lr: calls.append((begin, end, lr)))
+    cfg, val = small(), validation()
+    tg.score_adapting(lively(cfg), val, cfg, run)
+    chunks = tg.group_chunks(tg.make_windows(val.sequences, 24, 5), 60)
+    rates = [0.05 * 0.5 * (1 + math.cos(math.pi * i / (len(chunks) - 1))) for i in range(len(chunks) - 1)]
+    assert calls == [(c[0, 2], c[-1, 1], pytest.approx(r)) for c, r in zip(chunks, rates)]
+
+
 def test_no_clip_is_no_clip(run):
     """TTT_GRAD_CLIP=0 means none, as GRAD_CLIP_NORM=0 does; it must not silently scale every gradient to nothing."""
     cfg, val = small(ttt_grad_clip=0), validation()

@@ -260,10 +260,22 @@ def test_groups_have_their_own_rates_and_follow_the_schedule(run):
     cfg = small(tied_embed_lr=0.01, scalar_lr=0.002, head_lr=0.004, tie_embeddings=False, embed_wd=0.3, adam_wd=0.2)
     model = make_model(cfg)
     optimizers = tg.Optimizers(model, cfg, run)
-    tg.train_step(model, optimizers, [make_row(run)], tg.Values(0.5, 0.9, False))
+    for _ in range(2):  # twice: a rate is a share of its base, not of its last value
+        tg.train_step(model, optimizers, [make_row(run)], tg.Values(0.5, 0.9, False))
     got = {tuple(id(p) for p in g["params"]): (g["lr"], g["weight_decay"]) for g in optimizers.adam.param_groups}
     want = {"embed": (0.005, 0.3), "head": (0.002, 0.2), "scalar": (0.001, 0.2)}
     assert got == {tuple(id(p) for p in optimizers.groups[g]): v for g, v in want.items()}
+
+
+def test_matrices_follow_the_schedule_too(run):
+    steps = []
+    for lr in (1.0, 0.25):
+        cfg = small(muon_wd=0)
+        model = make_model(cfg)
+        before = model.blocks[0].mlp.up.weight.detach().clone()
+        tg.train_step(model, tg.Optimizers(model, cfg, run), [make_row(run)], tg.Values(lr, 0.9, False))
+        steps.append(model.blocks[0].mlp.up.weight.detach() - before)
+    assert relative(4 * steps[1], steps[0]) < 1e-4
 
 
 # ----------------------------------------------------------------------------------------------------------------------
