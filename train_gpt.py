@@ -2072,28 +2072,34 @@ def coded_bits(tensors: dict[str, Quantized]) -> float:
 def fit_artifact(quantizer: Quantizer, meta: dict, cfg: Config, run: Run) -> tuple[bytes, dict, float]:
     """Pack; while code + model are over the cap, coarsen all steps. -> (artifact, bytes by part, coarsening).
 
-    Coding is slow and its size follows the entropy of the integers, so each try solves for the entropy that would fit
-    and only then codes.
+    Coding is slow and its size follows the entropy of the integers almost in a straight line, so each try solves for
+    the entropy that should land just under the cap and only then codes. Within half a percent below is near enough.
     """
-    names, code = codec_names(cfg.compressor, run), len(pack_code(SOURCE))
-    coarser, limit = 1.0, None
+    names, code, cap = codec_names(cfg.compressor, run), len(pack_code(SOURCE)), cfg.artifact_max_bytes
+    coarser, points, best = 1.0, [], None
     for attempt in range(6):
-        if limit is not None:
-            coarser = coarsen_to(quantizer, limit, coarser)
         tensors, errors = quantizer.solve(coarser)
         data, parts = build_artifact(tensors, quantizer.kept, {**meta, "coarser": coarser}, names)
         total, bits = len(data) + code, coded_bits(tensors)  # what is counted is what is written
         shown = " ".join(f"{k}:{v:.2e}" for k, v in errors.items())
         run.log(f"pack: steps x{coarser:.4f} entropy {bits / quantizer.weights:.3f} bits/weight "
-                f"relative error {shown} total {total} of {cfg.artifact_max_bytes}")
+                f"relative error {shown} total {total} of {cap}")
         run.event("pack", coarser=coarser, total=total, code=code, bits=bits, errors=errors)
-        if total <= cfg.artifact_max_bytes:
-            return data, {"code": code, **parts}, coarser
-        limit = bits - 1.1 * 8 * (total - cfg.artifact_max_bytes) - 0.0005 * bits  # a little spare saves a second coding
+        if total <= cap and (best is None or total > best[0]):
+            best = total, data, {"code": code, **parts}, coarser
+        if total <= cap and (coarser == 1 or total > 0.995 * cap):
+            break
+        points.append((bits, total))
+        (b0, t0), (b1, t1) = points[-2:] if len(points) > 1 else ((0.0, 0.0), (8.0, 1.0))  # at first a byte is 8 bits
+        slope = (t1 - t0) / (b1 - b0) if b1 != b0 else 0.125
+        limit = bits + (0.9985 * cap - total) / slope
         if limit <= 0:  # code and fp16 values alone are too large
             break
-    run.fail(f"artifact does not fit: {total} bytes > {cfg.artifact_max_bytes} at steps x{coarser:.2f}")
-    return data, {"code": code, **parts}, coarser
+        coarser = coarsen_to(quantizer, limit, coarser)
+    if best is None:
+        run.fail(f"artifact does not fit: {total} bytes > {cap} at steps x{coarser:.2f}")
+        best = total, data, {"code": code, **parts}, coarser
+    return best[1:]
 
 
 def coarsen_to(quantizer: Quantizer, limit: float, coarser: float) -> float:
