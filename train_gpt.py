@@ -421,6 +421,8 @@ def validate(cfg: Config, world: int) -> None:
         (d.blocks_per_batch % world == 0, "TRAIN_BATCH_TOKENS",
          f"its {d.blocks_per_batch} blocks of PACK_TOKENS={d.pack_tokens} do not divide over {world} ranks"),
         (d.pack_tokens <= d.micro_batch_tokens, "MICRO_BATCH_TOKENS", f"must hold one block of PACK_TOKENS={d.pack_tokens}"),
+        (d.parallel_residual != "two" or not d.num_loops or not d.loop_start < d.parallel_start_layer <= d.loop_end,
+         "PARALLEL_START_LAYER", f"lies inside the loop {d.loop_start}..{d.loop_end}: lanes would begin and end in every pass"),
         (d.parallel_residual == "none" or d.parallel_start_layer < d.num_layers, "PARALLEL_START_LAYER",
          f"no layer runs side by side; PARALLEL_RESIDUAL=none says that, or take one below {d.num_layers}"),
         (d.eval_stride <= d.eval_seq_len, "EVAL_STRIDE", f"at most EVAL_SEQ_LEN={d.eval_seq_len}, else tokens are skipped"),
@@ -2142,13 +2144,13 @@ class Ledger:
             raise Violation(f"position {int(begin[0])} would be scored a second time (frontier {self.frontier})")
         if begin[0] > self.frontier or (begin[1:] > end[:-1]).any():
             raise Violation(f"positions from {self.frontier} on would be skipped")
-        if (windows[:, 0] > begin).any() or end[-1] > self.targets:
+        if (windows[:, 0] < 0).any() or (windows[:, 0] > begin).any() or (begin >= end).any() or end[-1] > self.targets:
             raise Violation("a window scores what it does not read, or tokens that do not exist")
         self.frontier = int(end[-1])  # from now on these may be learned from
 
     def learn(self, begin: int, end: int) -> None:
         """Book training on targets [begin, end): every one of them must have its final score already."""
-        if end > self.frontier:
+        if begin < 0 or end > self.frontier:
             raise Violation(f"training on position {end - 1} before it is scored (frontier {self.frontier})")
         self.learned += end - begin
 

@@ -100,7 +100,8 @@ def our_muon(run, grads, lr=0.05, momentum=0.9, **knobs):
 
 def torch_muon(grads, lr=0.05, momentum=0.9):
     """The same by torch.optim.Muon, which sees the parts of a stacked weight as matrices of their own."""
-    params = [[torch.nn.Parameter(part.clone()) for part in w.split(split or w.shape[0])] for w, (_, split) in zip(start(), SHAPES)]
+    params = [[torch.nn.Parameter(part.clone()) for part in w.split(split or w.shape[0])]
+              for w, (_, split) in zip(start(), SHAPES)]
     optimizer = torch.optim.Muon([part for parts in params for part in parts], lr=lr, momentum=momentum, weight_decay=0.1,
                                  nesterov=True, adjust_lr_fn="original")
     for step in grads:
@@ -272,9 +273,9 @@ def test_matrices_follow_the_schedule_too(run):
     for lr in (1.0, 0.25):
         cfg = small(muon_wd=0)
         model = make_model(cfg)
-        before = model.blocks[0].mlp.up.weight.detach().clone()
+        before = model.blocks[0].mlp.down.weight.detach().clone()
         tg.train_step(model, tg.Optimizers(model, cfg, run), [make_row(run)], tg.Values(lr, 0.9, False))
-        steps.append(model.blocks[0].mlp.up.weight.detach() - before)
+        steps.append(model.blocks[0].mlp.down.weight.detach() - before)
     assert relative(4 * steps[1], steps[0]) < 1e-4
 
 
@@ -399,8 +400,8 @@ def losses(run, warm, **knobs):
     return [(float(a), float(b)) for a, b in steps], reserve
 
 
-@pytest.mark.parametrize("knobs, reserves", [(dict(quantizer="rtn"), False), (dict(), True), (dict(gptq_reserve_seconds=3), True)],
-                         ids=str)
+@pytest.mark.parametrize("knobs, reserves", [(dict(quantizer="rtn"), False), (dict(), True),
+                                             (dict(gptq_reserve_seconds=3), True)], ids=str)
 def test_warm_up_leaves_no_trace(knobs, reserves, run):
     """Trap: momentum kept outside the optimiser's state survives the reset (PR #1693); then the first loss is still equal."""
     cold, _ = losses(run, False, **knobs)
