@@ -421,8 +421,6 @@ def validate(cfg: Config, world: int) -> None:
         (d.blocks_per_batch % world == 0, "TRAIN_BATCH_TOKENS",
          f"its {d.blocks_per_batch} blocks of PACK_TOKENS={d.pack_tokens} do not divide over {world} ranks"),
         (d.pack_tokens <= d.micro_batch_tokens, "MICRO_BATCH_TOKENS", f"must hold one block of PACK_TOKENS={d.pack_tokens}"),
-        (d.parallel_residual != "two" or not d.num_loops or not d.loop_start < d.parallel_start_layer <= d.loop_end,
-         "PARALLEL_START_LAYER", f"lies inside the loop {d.loop_start}..{d.loop_end}: lanes would begin and end in every pass"),
         (d.parallel_residual == "none" or d.parallel_start_layer < d.num_layers, "PARALLEL_START_LAYER",
          f"no layer runs side by side; PARALLEL_RESIDUAL=none says that, or take one below {d.num_layers}"),
         (d.eval_stride <= d.eval_seq_len, "EVAL_STRIDE", f"at most EVAL_SEQ_LEN={d.eval_seq_len}, else tokens are skipped"),
