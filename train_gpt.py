@@ -779,7 +779,7 @@ class Batch(NamedTuple):
 
 def read_shard(path: Path) -> np.ndarray:
     """Memory-map a shard's tokens [N] uint16; SystemExit names a file that is short, altered or of another kind."""
-    fix = "fetch it again: python data/cached_challenge_fineweb.py (see data/README.md)"
+    fix = "fetch it again: data/README.md says from where"
     if not path.is_file():
         raise SystemExit(f"shard {path} is missing; {fix}")
     size, header = path.stat().st_size, np.fromfile(path, "<i4", 256)  # a header can lie about a file that was cut
@@ -794,7 +794,7 @@ def find_shards(folder: Path, split: str) -> list[np.ndarray]:
     """All shards of a split in order. The digits keep byte sidecars (`fineweb_val_bytes_*`) out."""
     paths = sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))
     if not paths:
-        raise SystemExit(f"no fineweb_{split}_*.bin in {folder}; fetch them: python data/cached_challenge_fineweb.py, "
+        raise SystemExit(f"no fineweb_{split}_*.bin in {folder}; data/README.md says from where to fetch them, "
                          "or run without PRESET to use text that is already on this machine")
     numbers = [int(p.stem.rsplit("_", 1)[1]) for p in paths]
     for gap in set(range(numbers[0], numbers[-1])) - set(numbers):
@@ -2685,8 +2685,8 @@ def without_shards(env: dict, cfg: Config) -> Config | None:
     if cfg.preset == "smoke" or cfg.mode != "train" or any(cfg.dataset.glob("fineweb_train_[0-9]*.bin")):
         return None
     if {"PRESET", "DATA_PATH"} & set(env):
-        raise SystemExit(f"no training shards in {cfg.dataset}; fetch them with data/cached_challenge_fineweb.py "
-                         "(see data/README.md), or unset PRESET to run on text that is already on this machine")
+        raise SystemExit(f"no training shards in {cfg.dataset}; data/README.md says from where to fetch them; "
+                         "or unset PRESET to run on text that is already on this machine")
     return named(read_config({**env, "PRESET": "smoke"}))
 
 

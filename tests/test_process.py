@@ -460,7 +460,7 @@ def saved(lab, name, data):
     return path
 
 
-SHARD = r"fineweb_train_000000\.bin.*cached_challenge_fineweb\.py"
+SHARD = r"fineweb_train_000000\.bin.*data/README\.md says from where"
 # name -> (knobs, what the message says)
 REFUSED = {
     "knob that contradicts the artifact": (
