@@ -56,9 +56,9 @@ RULES = [  # (knobs on top of the smoke preset, the knob that is named, a piece 
     ({"XSA_LAST_N": 6}, "XSA_LAST_N", "NUM_LAYERS=5"),
     ({"LOOP_END": 5}, "LOOP_END", "NUM_LAYERS=5"),
     ({"LOOP_START": 3}, "LOOP_END", "LOOP_START=3"),
-    ({"TRAIN_BATCH_TOKENS": 8193}, "TRAIN_BATCH_TOKENS", "multiple of PACK_TOKENS=2048"),
+    ({"TRAIN_BATCH_TOKENS": 8193}, "TRAIN_BATCH_TOKENS", "multiple of PACK_TOKENS=1024"),
     ({"WORLD_SIZE": 3, "TTT_BATCH_TOKENS": 4098}, "TRAIN_BATCH_TOKENS", "3 ranks"),
-    ({"MICRO_BATCH_TOKENS": 2047}, "MICRO_BATCH_TOKENS", "PACK_TOKENS=2048"),
+    ({"MICRO_BATCH_TOKENS": 1023}, "MICRO_BATCH_TOKENS", "PACK_TOKENS=1024"),
     ({"PARALLEL_START_LAYER": 5}, "PARALLEL_START_LAYER", "below 5"),  # would silently give no lanes
     ({"EVAL_STRIDE": 257}, "EVAL_STRIDE", "EVAL_SEQ_LEN=256"),
     ({"VAL_BATCH_TOKENS": 255}, "VAL_BATCH_TOKENS", "EVAL_SEQ_LEN=256"),
