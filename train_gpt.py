@@ -779,7 +779,8 @@ class Batch(NamedTuple):
 
 def read_shard(path: Path) -> np.ndarray:
     """Memory-map a shard's tokens [N] uint16; SystemExit names a file that is short, altered or of another kind."""
-    fix = "fetch it again: data/README.md says from where"
+    fix = ("build it again: python data/local_corpus.py --force" if "local_" in str(path) else
+           "fetch it again: python data/cached_challenge_fineweb.py (see data/README.md)")
     if not path.is_file():
         raise SystemExit(f"shard {path} is missing; {fix}")
     size, header = path.stat().st_size, np.fromfile(path, "<i4", 256)  # a header can lie about a file that was cut
@@ -794,7 +795,7 @@ def find_shards(folder: Path, split: str) -> list[np.ndarray]:
     """All shards of a split in order. The digits keep byte sidecars (`fineweb_val_bytes_*`) out."""
     paths = sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))
     if not paths:
-        raise SystemExit(f"no fineweb_{split}_*.bin in {folder}; data/README.md says from where to fetch them, "
+        raise SystemExit(f"no fineweb_{split}_*.bin in {folder}; fetch them: python data/cached_challenge_fineweb.py, "
                          "or run without PRESET to use text that is already on this machine")
     numbers = [int(p.stem.rsplit("_", 1)[1]) for p in paths]
     for gap in set(range(numbers[0], numbers[-1])) - set(numbers):
@@ -2685,8 +2686,8 @@ def without_shards(env: dict, cfg: Config) -> Config | None:
     if cfg.preset == "smoke" or cfg.mode != "train" or any(cfg.dataset.glob("fineweb_train_[0-9]*.bin")):
         return None
     if {"PRESET", "DATA_PATH"} & set(env):
-        raise SystemExit(f"no training shards in {cfg.dataset}; data/README.md says from where to fetch them; "
-                         "or unset PRESET to run on text that is already on this machine")
+        raise SystemExit(f"no training shards in {cfg.dataset}; fetch them: python data/cached_challenge_fineweb.py (see "
+                         "data/README.md), or unset PRESET to run on text that is already on this machine")
     return named(read_config({**env, "PRESET": "smoke"}))
 
 

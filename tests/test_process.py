@@ -460,7 +460,7 @@ def saved(lab, name, data):
     return path
 
 
-SHARD = r"fineweb_train_000000\.bin.*data/README\.md says from where"
+SHARD = r"fineweb_train_000000\.bin.*python data/\w+\.py"
 # name -> (knobs, what the message says)
 REFUSED = {
     "knob that contradicts the artifact": (
