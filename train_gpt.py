@@ -35,6 +35,7 @@ import contextlib
 import dataclasses
 import difflib
 import hashlib
+import heapq
 import importlib.util
 import inspect
 import io
@@ -228,6 +229,23 @@ class PackKnobs:
     val_docs: int = knob(0, "score only the first documents (the log says so); 0: all", low=0)
     sliding_window_enabled: bool = knob(True, "also score with sliding windows")
     ttt_enabled: bool = knob(True, "also score with test-time training: a chunk is scored, then trained on")
+    ttt_method: str = knob("chunk", "adapt all documents together chunk by chunk, or each by low-rank adapters of its own",
+                           ("chunk", "lora"))
+    ttt_slots: int = knob(512, "lora: documents side by side over all ranks; scores depend on it, not on the ranks", low=1)
+    ttt_chunk_size: str = knob("256:16,2000:32,48", "lora: tokens scored before each step, as longest-document:tokens, ..., rest")
+    ttt_lora_sites: str = knob("qvomh", "lora: where adapters act: q, k, v, o, m (MLP), h (head)")
+    ttt_lora_rank: int = knob(80, "lora: rank", low=1)
+    ttt_lora_alpha: float = knob(144.0, "lora: output scale times rank", low=0)
+    ttt_lora_lr: float = knob(1e-4, "lora: AdamW step; 2e-4 was seen to diverge", low=0)
+    ttt_weight_decay: float = knob(0.5, "lora: decoupled decay; 2.0 is steadier", low=0)
+    ttt_beta1: float = knob(0.0, "lora: AdamW", low=0, high=1)
+    ttt_beta2: float = knob(0.99, "lora: AdamW", low=0, high=1)
+    ttt_trust: float = knob(0.0, "lora: most root mean square of one normalised step; 0: no limit", low=0)
+    ttt_warm_start_a: bool = knob(True, "lora: a slot's next document keeps A and resets B; else both start anew")
+    ttt_cache: str = knob("keep", "lora: keep keys and values of the scored past, or recompute the window with each step's "
+                          "adapters (exact, slow)", ("keep", "recompute"))
+    ttt_asym_logit: bool = knob(True, "lora: adapt softcaps for positive and negative logits")
+    ttt_logit_bias: bool = knob(False, "lora: adapt a bias on each logit")
     ttt_chunk_tokens: int = knob(32768, "tokens in such a chunk", low=1)
     ttt_optimizer: str = knob("sgd", "test-time optimiser; its state persists over chunks", ("sgd", "adamw"))
     ttt_lr: float = knob(0.005, "its step at the first chunk; falls with a cosine to 0 at the last", low=0)
@@ -269,7 +287,9 @@ RENAMED = {
     "PARTIAL_ROPE_DIMS": "ROPE_DIMS", "WEIGHT_DECAY_MUON": "MUON_WD", "WEIGHT_DECAY_ADAM": "ADAM_WD",
     "PARALLEL_RESIDUAL_START": "PARALLEL_START_LAYER", "WARMDOWN_ITERS": "WARMDOWN_FRAC", "QUANT_BITS": "MATRIX_BITS",
     "MUON_MOMENTUM_WARMUP_STEPS": "MUON_MOMENTUM_WARMUP_FRAC", "BIGRAM_HASH": "BIGRAM_VOCAB_SIZE",
-    "BIGRAM_BUCKETS": "BIGRAM_VOCAB_SIZE", "LOAD_ARTIFACT": "ARTIFACT", "TTT_EVAL_ONLY": "MODE", "TTT_ONLY": "MODE"}
+    "BIGRAM_BUCKETS": "BIGRAM_VOCAB_SIZE", "TTT_BATCH_SIZE": "TTT_SLOTS",
+    "TTT_K_LORA": "TTT_LORA_SITES", "TTT_O_LORA": "TTT_LORA_SITES", "TTT_MLP_LORA": "TTT_LORA_SITES",
+    "TTT_EVAL_SEQ_LEN": "EVAL_SEQ_LEN", "LOAD_ARTIFACT": "ARTIFACT", "TTT_EVAL_ONLY": "MODE", "TTT_ONLY": "MODE"}
 
 # A variable with one of these words in its name was meant for a training script of this contest; one without any of
 # them, and not one slip of the keyboard away from a knob, belongs to the shell and is left alone.
@@ -317,6 +337,16 @@ class Config(PackKnobs, OptimKnobs, ModelKnobs, DataKnobs, RunKnobs):
     @property
     def blocks_per_batch(self) -> int:
         return self.train_batch_tokens // self.pack_tokens
+
+    @property
+    def ttt_chunks(self) -> list[tuple[float, int]]:
+        """[(longest document, chunk)], the last for all longer ones; ConfigError if TTT_CHUNK_SIZE does not say that."""
+        match = re.fullmatch(r"(\d+:\d+,)*\d+", self.ttt_chunk_size)
+        rows = [tuple(map(float, r.split(":"))) for r in f"{self.ttt_chunk_size}".rsplit(",", 1)[0].split(",") if ":" in r]
+        if not match or rows != sorted(rows) or not all(r[1] for r in rows) or self.ttt_chunk_size.endswith(("0:", ",0")):
+            raise ConfigError(f"TTT_CHUNK_SIZE={self.ttt_chunk_size}: rising 'longest:tokens' pairs and a last size, "
+                              "like 256:16,2000:32,48")
+        return [(a, int(b)) for a, b in rows] + [(math.inf, int(self.ttt_chunk_size.rsplit(",", 1)[-1]))]
 
     def as_dict(self) -> dict:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -425,6 +455,9 @@ def validate(cfg: Config, world: int) -> None:
          f"no layer runs side by side; PARALLEL_RESIDUAL=none says that, or take one below {d.num_layers}"),
         (d.eval_stride <= d.eval_seq_len, "EVAL_STRIDE", f"at most EVAL_SEQ_LEN={d.eval_seq_len}, else tokens are skipped"),
         (d.eval_seq_len <= d.val_batch_tokens, "VAL_BATCH_TOKENS", f"must hold one window of EVAL_SEQ_LEN={d.eval_seq_len}"),
+        (d.ttt_slots % world == 0, "TTT_SLOTS", f"does not divide over {world} ranks"),
+        (set(d.ttt_lora_sites) <= set("qkvomh"), "TTT_LORA_SITES", "letters of q k v o m h"),
+        (bool(d.ttt_chunks), "TTT_CHUNK_SIZE", "must not be empty"),
         (d.ttt_batch_tokens % world == 0, "TTT_BATCH_TOKENS", f"does not divide over {world} ranks"),
         (d.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE", "at least 2: one row is for tokens without a predecessor"),
         (d.gate_window <= d.model_dim, "GATE_WINDOW", f"at most MODEL_DIM={d.model_dim}"),
@@ -1045,6 +1078,21 @@ def attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> 
     return torch.ops.golf.fa4(q, k, v, cu, longest)[0]
 
 
+def attention_cached(q: Tensor, k: Tensor, v: Tensor, past: tuple) -> Tensor:
+    """S documents' next C tokens, attending to their cached past and to themselves. q [S C, H, E], k and v [S C, K, E]
+
+    Dense with a mask: chunks are short and pasts are long, so the scores are a thin strip. -> [S C, H, E]
+    """
+    S, K = past.k.shape[0], k.shape[1]
+    k_, v_ = (torch.cat((old, new.unflatten(0, (S, -1))), 1).transpose(1, 2) for old, new in ((past.k, k), (past.v, v)))
+    q_ = q.unflatten(0, (S, -1)).unflatten(2, (K, -1))  # [S, C, K, G, E]; a group's heads become more rows of one head
+    # repeating keys and values for every head of a group would multiply the largest tensors of this pass
+    rows = q_.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [S, K, G C, E]
+    mask = past.seen.repeat(1, q_.shape[3], 1)[:, None]
+    y = F.scaled_dot_product_attention(rows, k_, v_, attn_mask=mask)
+    return y.unflatten(2, (q_.shape[3], -1)).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)
+
+
 ATTENTION = {"fa4": attention_fa4, "fa3": attention_fa3, "varlen": attention_varlen, "sdpa": attention_sdpa,
              "eager": attention_eager}
 
@@ -1095,8 +1143,8 @@ def softcapped_nll(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
     return z.logsumexp(-1) - z.where(own, 0.0).sum(-1)
 
 
-def soft_cap(logits: Tensor, cap: float) -> Tensor:
-    return cap * torch.tanh(logits / cap) if cap else logits
+def soft_cap(logits: Tensor, cap: float | Tensor) -> Tensor:
+    return cap * torch.tanh(logits / cap) if isinstance(cap, Tensor) or cap else logits
 
 
 # Newton-Schulz coefficients (a, b, c) of X <- aX + (bA + cA^2)X, A = XX^T. Polar Express: per-iteration minimax
@@ -1132,6 +1180,38 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
 
 
+class Past(NamedTuple):
+    """What one visit remembers of S documents: keys and values [S, W, K, E]; seen [S, C, W + C]: who may look at whom."""
+    k: Tensor
+    v: Tensor
+    seen: Tensor
+
+
+class VisitAdapters(NamedTuple):
+    """Low-rank corrections of one visit, one set a document slot: (A [S, r, in], B [S, out, r], scale) or None."""
+    q: tuple | None = None
+    k: tuple | None = None
+    v: tuple | None = None
+    o: tuple | None = None  # from attention's input to its output, beside the projection
+    mlp: tuple | None = None  # from the MLP's input to its output
+
+
+class HeadAdapters(NamedTuple):
+    """The same for the head: low-rank logits, a bias [S, V], and softcaps [S, 2] for positive and negative logits."""
+    low: tuple | None = None
+    bias: Tensor | None = None
+    caps: Tensor | None = None
+
+
+def corrected(y: Tensor, x: Tensor, pair: tuple[Tensor, Tensor, float] | None) -> Tensor:
+    """y + scale B A x, each document slot with its own A and B. y [S C, out], x [S C, in]"""
+    if pair is None:
+        return y
+    a, b = (m.to(x.dtype) for m in pair[:2])
+    narrow = pair[2] * (x.unflatten(0, (a.shape[0], -1)) @ a.mT)  # [S, C, rank]
+    return y + (narrow @ b.mT).flatten(0, 1)
+
+
 class Linear(nn.Module):
     """x W^T without bias; W [out, in] is an fp32 master."""
 
@@ -1144,16 +1224,15 @@ class Linear(nn.Module):
 
 
 class Rotary(nn.Module):
-    """fp32 cosine and sine tables over positions within a segment; bf16 tables would merge neighbouring positions."""
+    """Cosine and sine of position times frequency, in fp32: in bf16 neighbouring positions would merge."""
 
-    def __init__(self, dims: int, base: float, longest: int):
+    def __init__(self, dims: int, base: float):
         super().__init__()
-        angle = torch.outer(torch.arange(longest).float(), base ** (-torch.arange(0, dims, 2).float() / dims))
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.register_buffer("frequency", base ** (-torch.arange(0, dims, 2).float() / dims), persistent=False)
 
     def forward(self, pos: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cos[pos, None], self.sin[pos, None]  # [T, 1, dims/2]
+        angle = pos[:, None, None] * self.frequency.float()  # [T, 1, dims/2]
+        return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -1242,19 +1321,23 @@ class Attention(nn.Module):
         self.gives_values = cfg.value_residual != "none" and layer == 0
         self.attend = attend  # the backend; chosen once, in room 6
 
-    def forward(self, x: Tensor, v0: Tensor | None, rope: tuple, cu: Tensor, longest: int) -> tuple[Tensor, Tensor | None]:
-        """x [T, D] -> (output [T, D], this layer's values [T, K, E] where later layers want them)."""
-        # [T, H + 2K, E] cut into its three parts
-        q, k, v = self.qkv(x).unflatten(-1, (sum(self.heads), -1)).split(self.heads, 1)
-        if self.value_mix is not None:  # before attention and XSA, so that both use one v
+    def forward(self, x: Tensor, v0: Tensor | None, rope: tuple, cu: Tensor, longest: int, lora: VisitAdapters,
+                past: Past | None) -> tuple[Tensor, tuple]:
+        """x [T, D] -> (output [T, D], what others want of it: (values for later layers, keys, values for the cache))."""
+        qkv = self.qkv(x).unflatten(-1, (sum(self.heads), -1)).split(self.heads, 1)  # [T, H + 2K, E] in its three parts
+        q, k, v = (corrected(y.flatten(1), x, pair).unflatten(1, (n, -1)) for y, n, pair in zip(qkv, self.heads, lora[:3]))
+        # before attention and XSA, so that both use one v
+        if self.value_mix is not None:
             v = self.value_mix(v, v0)
         q = rotate(norm(q), rope) * self.q_gain.to(x.dtype)[:, None]
-        y = self.attend(q, rotate(norm(k), rope), v, cu, longest)
+        k = rotate(norm(k), rope)
+        y = self.attend(q, k, v, cu, longest) if past is None else attention_cached(q, k, v, past)
         if self.xsa:  # the same v that attention used
             y = exclude_self(y, v)
         if self.gate is not None:
             y = y * self.gate(x)[..., None]
-        return self.o(y.flatten(1)), (v if self.gives_values else None)  # heads side by side again
+        kept = (v if self.gives_values else None, *((k, v) if past is not None else (None, None)))
+        return corrected(self.o(y.flatten(1)), x, lora.o), kept
 
 
 class MLP(nn.Module):
@@ -1266,8 +1349,8 @@ class MLP(nn.Module):
         self.down = Linear(cfg.model_dim, cfg.hidden_dim)
         self.slope = 0.5 if cfg.mlp_act == "leaky_relu2" else 0.0  # 0 makes it ReLU squared
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.leaky_relu(self.up(x), self.slope).square())
+    def forward(self, x: Tensor, pair: tuple | None = None) -> Tensor:
+        return corrected(self.down(F.leaky_relu(self.up(x), self.slope).square()), x, pair)
 
 
 class Block(nn.Module):
@@ -1285,28 +1368,29 @@ class Block(nn.Module):
         self.abreast = cfg.parallel_residual == "one" and layer >= cfg.parallel_start_layer
 
     def forward(self, x: Tensor, lane: Tensor | None, x0: Tensor, v0: Tensor | None, rope: tuple, cu: Tensor,
-                longest: int, mix: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+                longest: int, mix: tuple[Tensor, Tensor] | None, lora: VisitAdapters = VisitAdapters(),
+                past: Past | None = None) -> tuple[Tensor, Tensor | None, tuple]:
         """Stream x [T, D], second lane or None, input x0, first values v0; mix = (resid [2], post [2, 2]) with lanes.
 
-        Returns the new stream, the new second lane and this layer's values. (Two lanes: PR #1204.)
+        Returns the new stream, the new second lane and what attention keeps. (Two lanes: PR #1204.)
         """
         kept, fresh = self.resid_mix.to(x.dtype)  # starts as (1, 0): the stream alone
         base = kept * x + fresh * x0  # every block may reach back to the input
-        a, v = self.attn(norm(base) * self.depth_scale, v0, rope, cu, longest)
+        a, keeps = self.attn(norm(base) * self.depth_scale, v0, rope, cu, longest, lora, past)
         a = self.attn_scale.to(x.dtype) * a
         if mix is not None:
             lane = x if lane is None else lane  # the first such visit splits the stream
-            b = self.mlp_out(lane)  # the MLP reads its own lane, unmixed
+            b = self.mlp_out(lane, lora)  # the MLP reads its own lane, unmixed
             resid, post = mix[0].to(x.dtype), mix[1].to(x.dtype)
             return (resid[0] * x + post[0, 0] * a + post[0, 1] * b,
-                    resid[1] * lane + post[1, 0] * a + post[1, 1] * b, v)
+                    resid[1] * lane + post[1, 0] * a + post[1, 1] * b, keeps)
         if self.abreast:
-            return base + a + self.mlp_out(base), None, v
+            return base + a + self.mlp_out(base, lora), None, keeps
         x = base + a
-        return x + self.mlp_out(x), None, v
+        return x + self.mlp_out(x, lora), None, keeps
 
-    def mlp_out(self, x: Tensor) -> Tensor:
-        return self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * self.depth_scale)
+    def mlp_out(self, x: Tensor, lora: VisitAdapters) -> Tensor:
+        return self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * self.depth_scale, lora.mlp)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1367,6 +1451,22 @@ class Smear(nn.Module):
         return x + gate * x.roll(1, 0)  # row 0 rolls in the last token, and is masked
 
 
+class Memory(NamedTuple):
+    """State of S document slots during one forward: adapters and past of every visit; `kept` collects new keys, values.
+
+    Rows begin with `lead` earlier tokens a slot, which only feed smearing and n-gram features of the ones behind them.
+    """
+    lora: list[VisitAdapters]
+    past: list[Past]
+    head: HeadAdapters
+    slots: int
+    lead: int
+    kept: list
+
+    def drop_lead(self, rows: Tensor) -> Tensor:
+        return rows.unflatten(0, (self.slots, -1))[:, self.lead:].flatten(0, 1)
+
+
 class InputEmbedding(nn.Module):
     """Tokens (and their features) to the normalised start of the residual stream."""
 
@@ -1411,11 +1511,21 @@ class Head(nn.Module):
         self.cap = cfg.logit_softcap
         self.weight = None if cfg.tie_embeddings else nn.Parameter(torch.empty(cfg.vocab_size, cfg.model_dim))
 
-    def forward(self, h: Tensor, targets: Tensor | None, tied: Tensor) -> Tensor:
-        """Per-token nats [T] fp32, or without targets the softcapped logits [T, V] fp32."""
+    def forward(self, h: Tensor, targets: Tensor | None, tied: Tensor, tweak: HeadAdapters = HeadAdapters(),
+                hint: Tensor | None = None) -> Tensor:
+        """Nats of targets [T] fp32; with hints [T, 2] nats of (target, hint); without targets softcapped logits [T, V]."""
         weight = tied if self.weight is None else self.weight
-        logits = F.linear(h, weight.to(h.dtype))  # bf16 products, fp32 accumulation
-        return soft_cap(logits.float(), self.cap) if targets is None else softcapped_nll(logits, targets, self.cap)
+        logits = corrected(F.linear(h, weight.to(h.dtype)), h, tweak.low).float()  # bf16 products, fp32 from here
+        if tweak.bias is not None:
+            logits = (logits.unflatten(0, (len(tweak.bias), -1)) + tweak.bias[:, None]).flatten(0, 1)
+        cap = self.cap
+        if tweak.caps is not None:  # AsymLogit (PR #1923): the cap of a logit depends on its sign
+            up, down = (c.repeat_interleave(len(h) // len(tweak.caps))[:, None] for c in tweak.caps.unbind(1))
+            cap = torch.where(logits > 0, up, down)
+        if targets is None:
+            return soft_cap(logits, cap)
+        nll = softcapped_nll(logits, targets, cap)
+        return nll if hint is None else torch.stack((nll, softcapped_nll(logits, hint, cap)), 1)
 
 
 def call(module: nn.Module, *args):
@@ -1429,7 +1539,7 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, attend: Callable = attention_sdpa, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.input = InputEmbedding(cfg, dtype)
-        self.rotary = Rotary(cfg.rotary_dims, cfg.rope_base, max(cfg.train_seq_len, cfg.eval_seq_len))
+        self.rotary = Rotary(cfg.rotary_dims, cfg.rope_base)
         self.blocks = nn.ModuleList(Block(cfg, i, attend) for i in range(cfg.num_layers))
         self.plans = layer_plan(cfg, False), layer_plan(cfg, True)
         rows = len(self.plans[1]) // 2 if cfg.unet_skips != "none" else 0  # row k serves the k-th decoder visit
@@ -1441,27 +1551,42 @@ class GPT(nn.Module):
         self.head = Head(cfg)
         self.looping = False  # training turns it on, evaluation always has it on
         self.run: Callable = call  # compile_model may replace it
+        self.run_slots: Callable = call  # the same for rows of document slots, whose number changes
 
-    def hidden(self, ids: Tensor, pos: Tensor, cu: Tensor, longest: int) -> Tensor:
-        """The one forward: ids [T], pos [T], cu [S+1] -> normalised hidden states [T, D]."""
-        x0 = x = self.run(self.input, ids, pos)  # kept: every block mixes it in again
+    def hidden(self, ids: Tensor, pos: Tensor, cu: Tensor, longest: int, memory: Memory | None = None) -> Tensor:
+        """The one forward: ids [T], pos [T], cu [S+1] -> normalised hidden states [T, D].
+
+        With a memory, rows are slots' next tokens: their adapters act, and attention also sees their cached past.
+        """
+        run = self.run if memory is None else self.run_slots
+        x0 = x = run(self.input, ids, pos)  # kept: every block mixes it in again
+        if memory is not None:
+            x0, pos = memory.drop_lead(x0), memory.drop_lead(pos)
+            x = x0
         rope, lane, v0, stack = self.rotary(pos), None, None, []
-        for visit in self.plans[self.looping]:
+        for i, visit in enumerate(self.plans[self.looping]):
             if visit.skip is not None:
                 gate = self.skip.gates[visit.skip] if self.skip.gates is not None else None
-                x = self.run(self.skip, x, stack.pop(), self.skip.weights[visit.skip], gate)
+                x = run(self.skip, x, stack.pop(), self.skip.weights[visit.skip], gate)
             mix = (self.lane_resid[visit.layer], self.lane_post[visit.layer]) if visit.lanes else None
-            x, lane, v = self.run(self.blocks[visit.layer], x, lane, x0, v0, rope, cu, longest, mix)
-            v0 = v if v0 is None else v0  # the first visit's values, for all
+            lora, past = (memory.lora[i], memory.past[i]) if memory is not None else (VisitAdapters(), None)
+            x, lane, keeps = run(self.blocks[visit.layer], x, lane, x0, v0, rope, cu, longest, mix, lora, past)
+            v0 = keeps[0] if v0 is None else v0  # the first visit's values, for all
+            if memory is not None:
+                memory.kept.append(keeps[1:])
             if visit.push:
                 stack.append(x)
         if lane is not None:
             x = self.final_lane[0] * x + self.final_lane[1] * lane  # lanes end in one stream
         return norm(x)
 
-    def nll(self, ids: Tensor, targets: Tensor, pos: Tensor, cu: Tensor, longest: int) -> Tensor:
-        """Nats of every target: [T] fp32."""
-        return self.run(self.head, self.hidden(ids, pos, cu, longest), targets, self.input.tok_emb.weight)
+    def nll(self, ids: Tensor, targets: Tensor, pos: Tensor, cu: Tensor, longest: int, memory: Memory | None = None,
+            hint: Tensor | None = None) -> Tensor:
+        """Nats of every target: [T] fp32; with hints [T, 2] for (target, hint)."""
+        h = self.hidden(ids, pos, cu, longest, memory)
+        tweak = memory.head if memory is not None else HeadAdapters()
+        run = self.run if memory is None else self.run_slots
+        return run(self.head, h, targets, self.input.tok_emb.weight, tweak, hint)
 
     def logits(self, ids: Tensor, pos: Tensor, cu: Tensor, longest: int) -> Tensor:
         """Softcapped logits [T, V] fp32; their softmax is the whole predictive distribution."""
@@ -2127,31 +2252,45 @@ class Violation(RuntimeError):
 
 
 class Ledger:
-    """Positions are targets in stream order. `frontier`: all before it are scored, nothing behind it was ever seen.
+    """Positions are targets in stream order; `when` is the moment at which each was scored, -1 for not yet.
 
     C1 causality is the model's (tests flip future tokens); here C2 full normalised distribution, C3 score before
-    learning, C4 each token once in one left-to-right pass (issue #1017 of the contest).
+    learning, C4 each token once, every sequence from left to right (issue #1017 of the contest). Moments are the one
+    order: what is learned at a moment can only act on later ones, so one sequential decoder could do the same.
     """
 
     def __init__(self, targets: int):
-        self.targets, self.frontier, self.learned, self.mass_error, self.sampled = targets, 0, 0, 0.0, 0
+        self.when, self.now = np.full(targets, -1, np.int32), 0
+        self.targets, self.learned, self.mass_error, self.sampled = targets, 0, 0.0, 0
+
+    @property
+    def frontier(self) -> int:
+        """The first position that has no score yet."""
+        return int(np.argmax(np.append(self.when < 0, True)))
 
     def score(self, windows: np.ndarray) -> None:
-        """Book windows [n, 3] (start, end, first scored) before their forward pass: they must go on at the frontier."""
-        begin, end = windows[:, 2], windows[:, 1]  # what a window scores is [first scored, end)
-        if begin[0] < self.frontier or (begin[1:] < end[:-1]).any():
-            raise Violation(f"position {int(begin[0])} would be scored a second time (frontier {self.frontier})")
-        if begin[0] > self.frontier or (begin[1:] > end[:-1]).any():
-            raise Violation(f"positions from {self.frontier} on would be skipped")
-        if (windows[:, 0] < 0).any() or (windows[:, 0] > begin).any() or (begin >= end).any() or end[-1] > self.targets:
+        """Book windows [n, 3] (start, end, first scored) before their forward pass, in stream order."""
+        start, end, begin = windows.T
+        if start.min() < 0 or (start > begin).any() or (begin >= end).any() or end.max() > self.targets:
             raise Violation("a window scores what it does not read, or tokens that do not exist")
-        self.frontier = int(end[-1])  # from now on these may be learned from
+        at = np.concatenate([np.arange(b, e) for b, e in zip(begin, end)])
+        again = self.when[at] >= 0
+        again[1:] |= np.diff(at) <= 0  # overlapping or backward windows of one batch
+        if again.any():
+            raise Violation(f"position {int(at[np.argmax(again)])} would be scored a second time or out of order")
+        self.when[at] = self.now
+        # what a window reads of its sequence before its own part must have its score
+        skipped = (start < begin) & (self.when[begin - 1] < 0)
+        if skipped.any():
+            raise Violation(f"positions before {int(begin[np.argmax(skipped)])} would be skipped")
+        self.now += 1
 
-    def learn(self, begin: int, end: int) -> None:
-        """Book training on targets [begin, end): every one of them must have its final score already."""
-        if begin < 0 or end > self.frontier:
-            raise Violation(f"training on position {end - 1} before it is scored (frontier {self.frontier})")
-        self.learned += end - begin
+    def learn(self, begin: int | np.ndarray, end: int | np.ndarray) -> None:
+        """Book training on targets [begin, end), one span or many: each must have its final score already."""
+        for b, e in zip(np.atleast_1d(begin), np.atleast_1d(end)):
+            if not 0 <= b < e <= self.targets or (self.when[b:e] < 0).any():
+                raise Violation(f"training on position {int(e) - 1} before it is scored (its span begins at {int(b)})")
+            self.learned += int(e - b)
 
     def check_mass(self, logits: Tensor, targets: Tensor, nll: Tensor) -> None:
         """For sampled rows [n, V]: the probabilities sum to 1, and the score is this distribution's."""
@@ -2164,8 +2303,9 @@ class Ledger:
 
     def verdict(self) -> str:
         """One line; Violation if tokens were left out."""
-        if self.frontier != self.targets:
-            raise Violation(f"{self.targets - self.frontier} of {self.targets} tokens were never scored")
+        missing = int((self.when < 0).sum())
+        if missing:
+            raise Violation(f"{missing} of {self.targets} tokens were never scored")
         return (f"each of {self.targets} tokens scored once, left to right; {self.learned} trained on, each after its "
                 f"score; full distribution checked at {self.sampled} positions (largest error {self.mass_error:.1e})")
 
@@ -2238,7 +2378,7 @@ class Scorer:
                 self.sample_mass(batch, nll)
             kept = [np.arange(s, e) - a + o for (a, e, s), o in zip(part, np.cumsum(part[:, 1] - part[:, 0]) - (part[:, 1] - part[:, 0]))]
             source = torch.from_numpy(np.concatenate(kept)).to(self.run.device)
-            self.nll[int(part[0, 2]):int(part[-1, 1])] = nll[source]
+            self.nll[torch.from_numpy(np.concatenate([np.arange(s, e) for _, e, s in part])).to(self.run.device)] = nll[source]
 
     def sample_mass(self, batch: Batch, nll: Tensor, count: int = 64) -> None:
         """Show the ledger full distributions at the row's first positions, by the uncompiled head."""
@@ -2347,6 +2487,261 @@ def score_adapting(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> Sco
     return scorer.result()
 
 
+class Step(NamedTuple):
+    """One lock step of all slots, in target positions: document's start, begin, end (== begin: idle), more to come."""
+    doc: np.ndarray
+    begin: np.ndarray
+    end: np.ndarray
+    more: np.ndarray
+
+
+def slot_schedule(spans: np.ndarray, slots: int, chunk: int) -> list[Step]:
+    """Documents over slots, longest first to the least loaded, each cut into chunks: fixed by lengths alone.
+
+    Slots are in falling order of load, so that those still working are always the first ones.
+    """
+    loads, queues = [(0, s) for s in range(slots)], [[] for _ in range(slots)]
+    lengths = spans[:, 1] - spans[:, 0]
+    for d in np.argsort(-lengths, kind="stable"):
+        load, s = heapq.heappop(loads)  # ties go to the lower slot, so the schedule is one
+        queues[s].append(d)
+        heapq.heappush(loads, (load - (-lengths[d] // chunk), s))
+    steps = max(load for load, _ in loads)
+    table = np.zeros((4, steps, slots), np.int64)
+    for s, (load, which) in enumerate(sorted(loads, key=lambda x: (-x[0], x[1]))):
+        at = 0
+        for d in queues[which]:
+            a, b = spans[d]
+            begins = np.arange(a, b, chunk)
+            table[:, at:at + len(begins), s] = np.stack(
+                (np.full_like(begins, a), begins, np.minimum(begins + chunk, b), begins + chunk < b))
+            at += len(begins)
+    return [Step(*table[:, t]) for t in range(steps)]
+
+
+def adapter_sites(model: GPT, cfg: Config) -> list[tuple[int, str, int, int]]:
+    """(visit, field of VisitAdapters or HeadAdapters, inputs, outputs) of every adapter; visit -1 is the head."""
+    d, e = cfg.model_dim, cfg.head_dim
+    shapes = {"q": ("q", cfg.num_heads * e), "k": ("k", cfg.num_kv_heads * e), "v": ("v", cfg.num_kv_heads * e),
+              "o": ("o", d), "m": ("mlp", d)}
+    sites = [(i, *(shapes[c][0], d, shapes[c][1])) for i in range(len(model.plans[1])) for c in cfg.ttt_lora_sites if c != "h"]
+    return sites + ([(-1, "low", d, cfg.vocab_size)] if "h" in cfg.ttt_lora_sites else [])
+
+
+class Slots:
+    """Adapters, their optimiser state and the cached past of this rank's document slots.
+
+    All adapters of a slot are one row of `theta`, so that an optimiser step is a few kernels over a matrix.
+    """
+    SPARE = 8  # cells behind the ring for what must not be kept; eight keep rows of the mask aligned
+    CAP_SCALE = 100.0  # a softcap moves this many times a weight's step: it is a number near 30
+
+    def __init__(self, model: GPT, cfg: Config, run: Run, count: int):
+        self.model, self.cfg, self.run, self.count = model, cfg, run, count
+        self.sites, self.window = adapter_sites(model, cfg), cfg.eval_seq_len
+        rank, rng, parts, fixed = cfg.ttt_lora_rank, torch.Generator().manual_seed(cfg.seed), [], []
+        for _, _, into, out in self.sites:
+            parts += [(2 * torch.rand(rank * into, generator=rng) - 1) / math.sqrt(into), torch.zeros(out * rank)]
+            fixed += [torch.ones(rank * into, dtype=torch.bool), torch.zeros(out * rank, dtype=torch.bool)]
+        extra = cfg.vocab_size * cfg.ttt_logit_bias + 2 * cfg.ttt_asym_logit
+        parts.append(torch.zeros(extra))
+        fixed.append(torch.arange(extra) >= cfg.vocab_size * cfg.ttt_logit_bias)  # softcaps are kept like A
+        self.sizes = [len(x) for x in parts]
+        self.start = torch.cat(parts).to(run.device)  # one row: all slots and all ranks start alike
+        self.kept = torch.cat(fixed).to(run.device) & cfg.ttt_warm_start_a
+        self.theta = self.start.repeat(count, 1)
+        self.first = torch.zeros_like(self.theta) if cfg.ttt_beta1 else None
+        self.second, self.steps = torch.zeros_like(self.theta), torch.zeros(count, 1, device=run.device)
+        cells = count, (self.window if cfg.ttt_cache == "keep" else 0) + self.SPARE, cfg.num_kv_heads, cfg.head_dim
+        self.keys = [torch.zeros(cells, device=run.device, dtype=run.dtype) for _ in model.plans[1]]
+        self.values = [torch.zeros_like(k) for k in self.keys]
+        self.where = torch.full(cells[:2], -1, device=run.device)  # position in its document of every cell; -1 empty
+        self.renew = torch.compile(renew_rows, dynamic=True) if model.run is not call else renew_rows
+
+    def begin(self, fresh: Tensor) -> None:
+        """Slots (bool [n]) that take up a new document: adapters back to their start, optimiser and past empty."""
+        n = len(fresh)
+        self.theta[:n] = torch.where(fresh[:, None] & ~self.kept, self.start, self.theta[:n])
+        for state in (self.first, self.second, self.steps):
+            if state is not None:
+                state[:n].masked_fill_(fresh[:, None], 0.0)
+        self.where[:n].masked_fill_(fresh[:, None], -1)
+
+    def memory(self, theta: Tensor, pos: Tensor, lead: int) -> Memory:
+        """The model's view of the first n slots: adapters cut out of theta [n, P], past and who sees whom. pos [n, C]"""
+        n, scale = len(theta), self.cfg.ttt_lora_alpha / self.cfg.ttt_lora_rank
+        *pairs, extra = theta.split(self.sizes, 1)
+        made: dict[int, dict] = {}
+        for (visit, field_, into, out), a, b in zip(self.sites, pairs[::2], pairs[1::2]):
+            made.setdefault(visit, {})[field_] = (a.unflatten(1, (-1, into)), b.unflatten(1, (out, -1)), scale)
+        split = self.cfg.vocab_size * self.cfg.ttt_logit_bias
+        head = HeadAdapters(**made.pop(-1, {}), bias=extra[:, :split] if split else None,
+                            caps=self.cfg.logit_softcap + self.CAP_SCALE * extra[:, split:] if self.cfg.ttt_asym_logit else None)
+        where = self.where[:n, None]
+        old = (where >= 0) & (where > pos[:, :, None] - self.window)  # [n, C, W + 1]; the spare cell stays empty
+        C = pos.shape[1]
+        own = torch.ones(C, C, dtype=torch.bool, device=pos.device).tril().expand(n, C, C)
+        seen = torch.cat((old, own), 2)
+        past = [Past(k[:n], v[:n], seen) for k, v in zip(self.keys, self.values)]
+        return Memory([VisitAdapters(**made.get(i, {})) for i in range(len(self.keys))], past, head, n, lead, [])
+
+    @torch.no_grad()
+    def remember(self, memory: Memory, pos: Tensor, real: Tensor) -> None:
+        """Store the new keys and values [n C, K, E] in a ring over positions; what is not real goes to the spare cell."""
+        n, ring = pos.shape[0], self.where.shape[1] - self.SPARE
+        cell = torch.where(real, pos % max(ring, 1), ring)
+        row = torch.arange(n, device=pos.device)[:, None].expand_as(cell)
+        for old_k, old_v, (k, v) in zip(self.keys, self.values, memory.kept):
+            old_k[row, cell], old_v[row, cell] = k.unflatten(0, (n, -1)), v.unflatten(0, (n, -1))
+        self.where[row, cell] = torch.where(real, pos, -1)
+
+    @torch.no_grad()
+    def learn(self, grad: Tensor, learns: Tensor) -> None:
+        """AdamW on the first n rows; a slot that has no later chunk does not move. grad [n, P], learns [n] bool"""
+        n, c = len(grad), self.cfg
+        self.steps[:n] += learns[:, None]
+        self.renew(self.theta[:n], grad, self.first[:n] if c.ttt_beta1 else None, self.second[:n], self.steps[:n],
+                   learns[:, None], c.ttt_lora_lr, c.ttt_beta1, c.ttt_beta2, c.ttt_weight_decay, c.ttt_trust)
+
+
+def renew_rows(theta: Tensor, grad: Tensor, first: Tensor | None, second: Tensor, steps: Tensor, learns: Tensor, lr: float,
+               beta1: float, beta2: float, decay: float, trust: float) -> None:
+    """AdamW in place with a step count a row; `trust` bounds the root mean square of a row's normalised step."""
+    second.lerp_(grad.square(), 1 - beta2)
+    if first is not None:
+        grad = first.lerp_(grad, 1 - beta1) / (1 - beta1 ** steps.clamp_min(1))
+    # bias correction by the row's own step count: every document starts its optimiser anew
+    move = grad / ((second / (1 - beta2 ** steps.clamp_min(1))).sqrt() + 1e-10)
+    if trust:
+        move = move * (trust / move.square().mean(1, keepdim=True).sqrt().clamp_min(trust))
+    theta.sub_((move + decay * theta) * (lr * learns))
+
+
+class DocumentScorer:
+    """Per-document low-rank adaptation in lock step: every slot's chunk is scored, then its adapters learn from it."""
+
+    def __init__(self, model: GPT, val: ValidationSet, cfg: Config, run: Run):
+        self.scorer, self.model, self.val, self.cfg, self.run = Scorer(model, val, cfg, run), model, val, cfg, run
+        self.count = cfg.ttt_slots // run.world
+        self.slots = Slots(model, cfg, run, self.count)
+        # one more token, so that padding may look one past the end
+        self.tokens = torch.from_numpy(np.append(val.tokens, 0).astype(np.int64)).to(run.device)
+        self.nll = torch.zeros(val.targets + 1, device=run.device)  # the last cell takes what padding would write
+        self.lead = 2  # a pair hash and a smear look back two tokens
+        self.done = 0
+
+    def run_class(self, spans: np.ndarray, chunk: int, give_up: Callable[[], bool]) -> None:
+        """All documents of one chunk size."""
+        steps = slot_schedule(spans, self.cfg.ttt_slots, chunk)
+        for t, step in enumerate(steps):
+            if t % 8 == 0 and give_up():
+                return
+            busy = step.end > step.begin
+            self.book(step, busy, chunk)
+            mine = np.arange(self.run.rank, self.cfg.ttt_slots, self.run.world)  # loads fall, so ranks stay even
+            self.step(Step(*(x[mine] for x in step)), chunk)
+            self.done += int((step.end - step.begin).sum())
+            if t % 50 == 0:
+                self.report(chunk, t, len(steps), int(busy.sum()))
+
+    def book(self, step: Step, busy: np.ndarray, chunk: int) -> None:
+        """Tell the ledger what this moment scores and then learns, on all ranks."""
+        first = np.maximum(step.doc, step.begin - 1)  # it reads more, but if its predecessor is scored, so is all before
+        spans = np.stack([first, step.end, step.begin], 1)[busy]
+        self.scorer.ledger.score(spans[spans[:, 2].argsort()])  # one moment: documents do not see each other
+        learns = busy & step.more.astype(bool)
+        self.scorer.ledger.learn(step.begin[learns], step.end[learns])
+
+    def step(self, step: Step, chunk: int) -> None:
+        """Score one chunk a slot and learn from it in the same forward; idle slots at the end are left out."""
+        busy = int(np.count_nonzero(step.end > step.begin))
+        if not busy:
+            return
+        n = min(self.count, max(8, 1 << (busy - 1).bit_length()))  # few batch sizes: kernels are chosen by shape
+        doc, begin, end, more = (torch.from_numpy(x[:n]).to(self.run.device)[:, None] for x in step)
+        # rows: lead tokens, then the chunk; recomputing puts the whole window before it
+        back = 0 if self.cfg.ttt_cache == "keep" else self.cfg.eval_seq_len - chunk
+        index = begin + torch.arange(-self.lead - back, chunk, device=self.run.device)
+        pos, ids = (index - doc).clamp_min(0), self.tokens[index.clamp(0, self.val.targets)]
+        ids = torch.where((index >= doc) & (index < end), ids, BOS)
+        self.slots.begin((begin == doc).squeeze(1))
+        inner, inner_pos = index[:, self.lead:], pos[:, self.lead:]
+        real = (inner >= begin) & (inner < end)
+        theta = self.slots.theta[:n].detach().requires_grad_()  # a view: only busy slots have gradients
+        memory = self.slots.memory(theta, inner_pos, self.lead)
+        if back:  # rows before the document's start must not be seen
+            memory = self.hide(memory, inner >= doc)
+        target = self.tokens[(inner + 1).clamp(0, self.val.targets)].flatten()
+        nll = self.model.nll(ids.flatten(), target, pos.flatten(), None, chunk, memory).view(n, -1)
+        self.nll[torch.where(real, inner, self.val.targets)] = nll.detach()
+        learns = more.squeeze(1).bool() & (end > begin).squeeze(1)
+        if not back:
+            self.slots.remember(memory, inner_pos, real)
+        # the same forward was scored above; from here on it may change the adapters
+        if bool(step.more[:n].any()):
+            loss = ((nll * real).sum(1) / real.sum(1).clamp_min(1) * learns).sum()
+            self.slots.learn(torch.autograd.grad(loss, theta)[0], learns)
+
+    @staticmethod
+    def hide(memory: Memory, exists: Tensor) -> Memory:
+        """Close the view on rows that lie before a document's start (each row still sees itself)."""
+        C = exists.shape[1]
+        seen = memory.past[0].seen.clone()
+        seen[:, :, -C:] &= exists[:, None, :] | torch.eye(C, dtype=torch.bool, device=exists.device)
+        return memory._replace(past=[p._replace(seen=seen) for p in memory.past])
+
+    def report(self, chunk: int, t: int, steps: int, busy: int) -> None:
+        """Progress with the running bpb of what this rank has scored."""
+        seconds = self.run.clock.read() - self.scorer.start
+        self.run.log(f"ttt_lora chunk:{chunk} step:{t + 1}/{steps} slots:{busy} tokens:{self.done}/{self.val.targets} "
+                     f"tok/s:{self.done / max(seconds, 1e-9):.0f} time:{seconds:.1f}s")
+
+    def finish_plain(self) -> None:
+        """Score what is left with fixed weights: the budget is met, adaptation is not."""
+        left = [(a + int(np.argmax(self.scorer.ledger.when[a:b] < 0)), a, b) for a, b in self.val.sequences
+                if (self.scorer.ledger.when[a:b] < 0).any()]
+        self.run.warn(f"evaluation budget: {sum(b - p for p, _, b in left)} tokens of {len(left)} documents are scored without "
+                      "adaptation")
+        rows = []
+        for p, a, b in left:
+            w = make_windows(np.array([[a, b]]), self.cfg.eval_seq_len, max(self.cfg.eval_seq_len // 2, 1))
+            w[:, 2] = np.maximum(w[:, 2], p)
+            rows.append(w[w[:, 2] < w[:, 1]])
+        self.scorer.score(np.concatenate(rows))
+
+
+def score_documents(model: GPT, val: ValidationSet, cfg: Config, run: Run, reserve: float) -> Score:
+    """Score-first test-time training with adapters of each document's own (PR #1530; cached past: here).
+
+    Classes of documents by chunk size run one after the other, slots side by side within each. `reserve`: seconds that
+    scoring the rest without adaptation takes, kept free of EVAL_WALLCLOCK_SECONDS.
+    """
+    scorer = DocumentScorer(model, val, cfg, run)
+    lengths = val.sequences[:, 1] - val.sequences[:, 0]
+    cap = cfg.eval_wallclock_seconds or math.inf
+
+    def give_up() -> bool:
+        run.clock.sync()  # the device queue is far behind the host's clock
+        return run.agree(run.clock.read(*EVAL_SPANS)) + reserve > cap
+
+    # only adapters learn: no gradient of a weight is ever formed
+    for p in model.parameters():
+        p.requires_grad_(False)
+    with deterministic(cfg):
+        low = 0
+        for limit, chunk in cfg.ttt_chunks:
+            spans = val.sequences[(lengths > low) & (lengths <= limit)]
+            low = limit
+            if len(spans):
+                scorer.run_class(spans, chunk, give_up)
+        if (scorer.scorer.ledger.when < 0).any():
+            scorer.finish_plain()
+    for p in model.parameters():
+        p.requires_grad_(True)
+    scorer.scorer.nll += scorer.nll[:-1]  # zeros wherever the other one scored
+    return scorer.scorer.result()
+
+
 def warm_up_evaluation(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> None:
     """Compile scoring and adaptation on random tokens; never on validation text, and on neither budget."""
     scorer = Scorer(model, val, cfg, run)
@@ -2379,7 +2774,9 @@ def evaluate(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> dict[str,
     if cfg.sliding_window_enabled:
         passes["sliding"] = "sliding_window", lambda: score_windows(model, val, cfg, run, cfg.eval_stride)
     if cfg.ttt_enabled:
-        passes["ttt"] = "ttt", lambda: score_adapting(model, val, cfg, run)
+        adapt = {"chunk": lambda: score_adapting(model, val, cfg, run),
+                 "lora": lambda: score_documents(model, val, cfg, run, 2 + 2 * results["full"].seconds)}
+        passes["ttt"] = "ttt", adapt[cfg.ttt_method]
     model.looping = cfg.num_loops > 0
     if run.gpu:
         with run.clock.span("eval warm-up"):

@@ -62,6 +62,9 @@ RULES = [  # (knobs on top of the smoke preset, the knob that is named, a piece 
     ({"PARALLEL_START_LAYER": 5}, "PARALLEL_START_LAYER", "below 5"),  # would silently give no lanes
     ({"EVAL_STRIDE": 257}, "EVAL_STRIDE", "EVAL_SEQ_LEN=256"),
     ({"VAL_BATCH_TOKENS": 255}, "VAL_BATCH_TOKENS", "EVAL_SEQ_LEN=256"),
+    ({"WORLD_SIZE": 2, "TTT_SLOTS": 3}, "TTT_SLOTS", "2 ranks"),
+    ({"TTT_LORA_SITES": "qx"}, "TTT_LORA_SITES", "letters"),
+    ({"TTT_CHUNK_SIZE": "8,"}, "TTT_CHUNK_SIZE", "pairs"),
     ({"WORLD_SIZE": 2, "TTT_BATCH_TOKENS": 4097}, "TTT_BATCH_TOKENS", "2 ranks"),
     ({"GATE_WINDOW": 129}, "GATE_WINDOW", "MODEL_DIM=128"),
     ({"DETERMINISTIC": 1, "ITERATIONS": 20000}, "ITERATIONS", "DETERMINISTIC=1"),
@@ -80,7 +83,7 @@ def refusal(**env) -> str:
 # Names
 # ----------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name, meant", [
-    ("TTT_LERNING_RATE", "TTT_LR"), ("WARMDOWN_ITER", "WARMDOWN_FRAC"), ("SEEED", "SEED"), ("MATRIX_RL", "MATRIX_LR"),
+    ("TTT_LERNING_RATE", "TTT_LORA_RANK"), ("WARMDOWN_ITER", "WARMDOWN_FRAC"), ("SEEED", "SEED"), ("MATRIX_RL", "MATRIX_LR"),
     ("EMA_DECY", "EMA_DECAY"), ("GPTQ_CALIB_BATCHES", "GPTQ_CALIBRATION_BATCHES"), ("NUM_LAYER", "NUM_LAYERS"),
     ("TRAIN_BATCH_TOKEN", "TRAIN_BATCH_TOKENS"), ("MAX_WALLCLOCK_SECOND", "MAX_WALLCLOCK_SECONDS"), ("ITERATION", "ITERATIONS"),
     ("MUON_MOMENTUM_WARMUP", "MUON_MOMENTUM_WARMUP_FRAC"), ("XSA_LAST", "XSA_LAST_N")])
@@ -330,7 +333,7 @@ def process(folder, **env) -> subprocess.CompletedProcess:
 def test_process_stops_on_a_mistyped_knob_before_it_writes(tmp_path):
     done = process(tmp_path, TTT_LERNING_RATE="1")
     assert done.returncode == 1
-    assert "TTT_LERNING_RATE" in done.stderr and "did you mean TTT_LR?" in done.stderr and "Traceback" not in done.stderr
+    assert "TTT_LERNING_RATE" in done.stderr and "did you mean TTT_LORA_RANK?" in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
 
