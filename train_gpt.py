@@ -1202,6 +1202,12 @@ class HeadAdapters(NamedTuple):
     bias: Tensor | None = None
     caps: Tensor | None = None
 
+    def of_slot(self, i: int) -> "HeadAdapters":
+        """One slot's share."""
+        one = slice(i, i + 1)
+        return HeadAdapters(self.low and (self.low[0][one], self.low[1][one], self.low[2]),
+                            None if self.bias is None else self.bias[one], None if self.caps is None else self.caps[one])
+
 
 def corrected(y: Tensor, x: Tensor, pair: tuple[Tensor, Tensor, float] | None) -> Tensor:
     """y + scale B A x, each document slot with its own A and B. y [S C, out], x [S C, in]"""
@@ -1511,9 +1517,8 @@ class Head(nn.Module):
         self.cap = cfg.logit_softcap
         self.weight = None if cfg.tie_embeddings else nn.Parameter(torch.empty(cfg.vocab_size, cfg.model_dim))
 
-    def forward(self, h: Tensor, targets: Tensor | None, tied: Tensor, tweak: HeadAdapters = HeadAdapters(),
-                hint: Tensor | None = None) -> Tensor:
-        """Nats of targets [T] fp32; with hints [T, 2] nats of (target, hint); without targets softcapped logits [T, V]."""
+    def forward(self, h: Tensor, targets: Tensor | None, tied: Tensor, tweak: HeadAdapters = HeadAdapters()) -> Tensor:
+        """Per-token nats [T] fp32, or without targets the softcapped logits [T, V] fp32."""
         weight = tied if self.weight is None else self.weight
         logits = corrected(F.linear(h, weight.to(h.dtype)), h, tweak.low).float()  # bf16 products, fp32 from here
         if tweak.bias is not None:
@@ -1524,8 +1529,7 @@ class Head(nn.Module):
             cap = torch.where(logits > 0, up, down)
         if targets is None:
             return soft_cap(logits, cap)
-        nll = softcapped_nll(logits, targets, cap)
-        return nll if hint is None else torch.stack((nll, softcapped_nll(logits, hint, cap)), 1)
+        return softcapped_nll(logits, targets, cap)
 
 
 def call(module: nn.Module, *args):
@@ -1580,13 +1584,9 @@ class GPT(nn.Module):
             x = self.final_lane[0] * x + self.final_lane[1] * lane  # lanes end in one stream
         return norm(x)
 
-    def nll(self, ids: Tensor, targets: Tensor, pos: Tensor, cu: Tensor, longest: int, memory: Memory | None = None,
-            hint: Tensor | None = None) -> Tensor:
-        """Nats of every target: [T] fp32; with hints [T, 2] for (target, hint)."""
-        h = self.hidden(ids, pos, cu, longest, memory)
-        tweak = memory.head if memory is not None else HeadAdapters()
-        run = self.run if memory is None else self.run_slots
-        return run(self.head, h, targets, self.input.tok_emb.weight, tweak, hint)
+    def nll(self, ids: Tensor, targets: Tensor, pos: Tensor, cu: Tensor, longest: int) -> Tensor:
+        """Nats of every target: [T] fp32."""
+        return self.run(self.head, self.hidden(ids, pos, cu, longest), targets, self.input.tok_emb.weight)
 
     def logits(self, ids: Tensor, pos: Tensor, cu: Tensor, longest: int) -> Tensor:
         """Softcapped logits [T, V] fp32; their softmax is the whole predictive distribution."""
@@ -2639,7 +2639,7 @@ class DocumentScorer:
             busy = step.end > step.begin
             self.book(step, busy, chunk)
             mine = np.arange(self.run.rank, self.cfg.ttt_slots, self.run.world)  # loads fall, so ranks stay even
-            self.step(Step(*(x[mine] for x in step)), chunk)
+            self.step(Step(*(x[mine] for x in step)), chunk, sample=t % 16 == 0)
             self.done += int((step.end - step.begin).sum())
             if t % 50 == 0:
                 self.report(chunk, t, len(steps), int(busy.sum()))
@@ -2652,7 +2652,7 @@ class DocumentScorer:
         learns = busy & step.more.astype(bool)
         self.scorer.ledger.learn(step.begin[learns], step.end[learns])
 
-    def step(self, step: Step, chunk: int) -> None:
+    def step(self, step: Step, chunk: int, sample: bool = False) -> None:
         """Score one chunk a slot and learn from it in the same forward; idle slots at the end are left out."""
         busy = int(np.count_nonzero(step.end > step.begin))
         if not busy:
@@ -2672,7 +2672,12 @@ class DocumentScorer:
         if back:  # rows before the document's start must not be seen
             memory = self.hide(memory, inner >= doc)
         target = self.tokens[(inner + 1).clamp(0, self.val.targets)].flatten()
-        nll = self.model.nll(ids.flatten(), target, pos.flatten(), None, chunk, memory).view(n, -1)
+        h, weight = self.model.hidden(ids.flatten(), pos.flatten(), None, chunk, memory), self.model.input.tok_emb.weight
+        nll = self.model.run_slots(self.model.head, h, target, weight, memory.head).view(n, -1)
+        if sample:  # slot 0's whole distributions, adapters included, by the uncompiled head
+            rows = slice(nll.shape[1] - chunk, nll.shape[1] - chunk + int(step.end[0] - step.begin[0]))
+            logits = self.model.head(h[rows], None, weight, memory.head.of_slot(0))
+            self.scorer.ledger.check_mass(logits.detach(), target[rows], nll[0, rows].detach())
         self.nll[torch.where(real, inner, self.val.targets)] = nll.detach()
         learns = more.squeeze(1).bool() & (end > begin).squeeze(1)
         if not back:

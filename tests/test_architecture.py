@@ -20,7 +20,7 @@ TRAIN_GPT = Path(__file__).resolve().parent.parent / "train_gpt.py"
 
 # The file's limit was planned as 3,000 before twelve comments per 100 lines were counted (they are some 300 lines) and before
 # per-document adaptation needed an engine; what comes next has to make room first.
-MAX_FUNCTION, MAX_CLASS, MAX_FILE, MAX_MEDIAN = 60, 150, 3350, 14
+MAX_FUNCTION, MAX_CLASS, MAX_FILE, MAX_MEDIAN = 60, 150, 3300, 14
 MIN_COMMENTS = 12  # lines that bear a comment, per 100 lines that bear code
 
 MUTABLE_GLOBALS = {"HAVE", "SOURCE"}

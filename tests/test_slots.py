@@ -166,6 +166,18 @@ def test_a_document_never_sees_another(tmp_path):
     assert len(changed) and changed.min() >= a and changed.max() < b
 
 
+@pytest.mark.parametrize("env", [{}, {"TTT_ASYM_LOGIT": 1, "TTT_LOGIT_BIAS": 1}, {"TTT_CACHE": "recompute"}])
+def test_the_adapted_distribution_is_sampled(env, tmp_path, monkeypatch):
+    """The ledger sees whole distributions with adapters in, and refuses a score that is not theirs."""
+    verdict = score(tmp_path, **env).verdict
+    assert "checked at 0 positions" not in verdict
+    model, cfg, run = build(tmp_path, **env)
+    real = tg.softcapped_nll
+    monkeypatch.setattr(tg, "softcapped_nll", lambda *a: real(*a) - 0.5)  # every token gets e^.5 of its probability
+    with pytest.raises(tg.Violation, match="normalised distribution"):
+        tg.score_documents(model, Documents(), cfg, run, 0.0)
+
+
 def test_schedule_covers_every_document_once():
     rng = np.random.default_rng(3)
     ends = np.cumsum(rng.integers(1, 300, 57))
