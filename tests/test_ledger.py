@@ -2,54 +2,24 @@
 
 Positions are targets: position i is the score of tokens[i + 1], predicted from tokens up to i.
 """
-import importlib.util
 import math
-import sys
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import toy
+from toy import one_thread, run, tg  # noqa: F401 (fixtures)
 
 
-def trainer():
-    """train_gpt.py as a module, shared by all test files: its custom operators can be registered only once."""
-    if "train_gpt" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("train_gpt", Path(__file__).resolve().parents[1] / "train_gpt.py")
-        sys.modules["train_gpt"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["train_gpt"])
-    return sys.modules["train_gpt"]
-
-
-tg = trainer()
-
-SMALL = dict(preset="record", vocab_size=64, num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=2, rope_dims=4,
+SHAPE = dict(vocab_size=64, num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=2, rope_dims=4,
              xsa_last_n=3, num_loops=1, loop_start=1, loop_end=1, parallel_start_layer=2, bigram_vocab_size=37, bigram_dim=8,
              pack_tokens=64, train_batch_tokens=256, train_seq_len=24, eval_seq_len=24, eval_stride=5, val_batch_tokens=120,
              ttt_chunk_tokens=60, ttt_batch_tokens=32, ttt_lr=0.05, ttt_epochs=2)
 
 
 def small(**knobs):
-    given = {**SMALL, **knobs}
-    return tg.load_config({k.upper(): str(int(v) if isinstance(v, bool) else v) for k, v in given.items()}, False)
-
-
-@pytest.fixture(scope="module")
-def run():
-    """A quiet rank on the CPU, also where a GPU is present."""
-    with mock.patch.dict(tg.HAVE, cuda=False):
-        return tg.Run(small(), (0, 0, 1), quiet=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Toy matrices gain nothing from threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-    torch.use_deterministic_algorithms(False)  # in case a caught violation left them on
+    return toy.small(**{**SHAPE, **knobs})
 
 
 # lengths below, at and over the window of 24, on and off the stride of 5; the BOS at the end is a document of no target

@@ -4,32 +4,15 @@ Every check runs with all parameters pushed away from their zero or identity sta
 any leak behind it. The checks that matter are run once more on leaks planted on purpose, which they must find.
 """
 import dataclasses
-import importlib.util
 import math
-import sys
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from toy import one_thread, run, small, tg  # noqa: F401 (fixtures)
 
 
-def trainer():
-    """train_gpt.py as a module, shared by all test files: its custom operators can be registered only once."""
-    if "train_gpt" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("train_gpt", Path(__file__).resolve().parents[1] / "train_gpt.py")
-        sys.modules["train_gpt"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["train_gpt"])
-    return sys.modules["train_gpt"]
-
-
-tg = trainer()
-
-# every technique of the record at toy size, recurrence and lanes overlapping
-SMALL = dict(preset="record", vocab_size=64, num_layers=4, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=2, rope_dims=4,
-             xsa_last_n=4, num_loops=1, loop_start=1, loop_end=2, parallel_start_layer=2, bigram_dim=8, pack_tokens=64,
-             train_batch_tokens=256, train_seq_len=64, eval_seq_len=64, val_batch_tokens=256)
 VALUES_MIX = dict(value_residual="mix", num_loops=2, parallel_residual="two", bigram_vocab_size=37)
 COMBINATIONS = [
     VALUES_MIX, dict(VALUES_MIX, value_residual="sigmoid", loop_start=0, loop_end=3), dict(VALUES_MIX, xsa_last_n=0),
@@ -52,27 +35,6 @@ VARIANTS = [*toggles(), *COMBINATIONS]
 def name(knobs):
     """The id of a parametrised case; other arguments keep pytest's own."""
     return None if not isinstance(knobs, dict) else ",".join(f"{k}={v}" for k, v in knobs.items()) or "record"
-
-
-def small(**knobs):
-    given = {**SMALL, **knobs}
-    return tg.load_config({k.upper(): str(int(v) if isinstance(v, bool) else v) for k, v in given.items()}, False)
-
-
-@pytest.fixture(scope="module")
-def run():
-    """A quiet rank on the CPU, also where a GPU is present."""
-    with mock.patch.dict(tg.HAVE, cuda=False):
-        return tg.Run(small(), (0, 0, 1), quiet=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Toy matrices gain nothing from threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def lively(cfg, attend=None, looping=True, dtype=torch.float32, spread=0.2):

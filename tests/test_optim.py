@@ -1,51 +1,14 @@
 """Muon, clipping, schedules, averages and the warm-up's reset, each against an independent account of what it should do."""
-import importlib.util
 import math
 import sys
-from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from toy import one_thread, run, small, tg  # noqa: F401 (fixtures)
 
 
-def trainer():
-    """train_gpt.py as a module, shared by all test files: its custom operators can be registered only once."""
-    if "train_gpt" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("train_gpt", Path(__file__).resolve().parents[1] / "train_gpt.py")
-        sys.modules["train_gpt"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["train_gpt"])
-    return sys.modules["train_gpt"]
-
-
-tg = trainer()
-
-SMALL = dict(preset="record", vocab_size=64, num_layers=4, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=2, rope_dims=4,
-             xsa_last_n=4, num_loops=1, loop_start=1, loop_end=2, parallel_start_layer=2, bigram_dim=8, pack_tokens=64,
-             train_batch_tokens=256, train_seq_len=64, eval_seq_len=64, val_batch_tokens=256)
 STOCK = dict(muon_coefficients="quintic", muon_row_normalize=False, muon_wd=0.1)  # Muon as torch.optim has it
-
-
-def small(**knobs):
-    given = {**SMALL, **knobs}
-    return tg.load_config({k.upper(): str(int(v) if isinstance(v, bool) else v) for k, v in given.items()}, False)
-
-
-@pytest.fixture(scope="module")
-def run():
-    """A quiet rank on the CPU, also where a GPU is present."""
-    with mock.patch.dict(tg.HAVE, cuda=False):
-        return tg.Run(small(), (0, 0, 1), quiet=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Toy matrices gain nothing from threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_row(run, seed=0, tokens=64, borders=(0, 1, 20, 64)):

@@ -1,57 +1,22 @@
 """Quantisation and the artifact: against the published algorithm in fp64, bit by bit, and against damage of every kind."""
 import functools
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import toy
+from toy import one_thread, quiet_run, run, tg  # noqa: F401 (fixtures)
 
 
-def trainer():
-    """train_gpt.py as a module, shared by all test files: its custom operators can be registered only once."""
-    if "train_gpt" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("train_gpt", Path(__file__).resolve().parents[1] / "train_gpt.py")
-        sys.modules["train_gpt"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["train_gpt"])
-    return sys.modules["train_gpt"]
-
-
-tg = trainer()
-
-SMALL = dict(preset="record", vocab_size=64, num_layers=4, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=2, rope_dims=4,
-             xsa_last_n=4, num_loops=1, loop_start=1, loop_end=2, parallel_start_layer=2, bigram_vocab_size=37, bigram_dim=8,
-             pack_tokens=64, train_batch_tokens=256, train_seq_len=64, eval_seq_len=64, val_batch_tokens=256)
 CODERS = sorted(tg.codecs())
 
 
 def small(**knobs):
-    given = {**SMALL, **knobs}
-    return tg.load_config({k.upper(): str(int(v) if isinstance(v, bool) else v) for k, v in given.items()}, False)
-
-
-def make_run(cfg):
-    """A quiet rank on the CPU, also where a GPU is present."""
-    with mock.patch.dict(tg.HAVE, cuda=False):
-        return tg.Run(cfg, (0, 0, 1), quiet=True)
-
-
-@pytest.fixture(scope="module")
-def run():
-    return make_run(small())
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Toy matrices gain nothing from threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    return toy.small(**{"bigram_vocab_size": 37, **knobs})
 
 
 def lively(cfg, spread=0.2):
@@ -315,7 +280,7 @@ def test_collecting_leaves_no_hook_behind(run):
 def packed(coder="auto"):
     """(file, quantised tensors, kept parameters) of a small model, coded by one coder or by the best of all."""
     cfg = small()
-    run = make_run(cfg)
+    run = quiet_run(cfg)
     q = quantizer(cfg, run)
     tensors, _ = q.solve()
     data, parts = tg.build_artifact(tensors, q.kept, {"config": cfg.as_dict(), "note": "\u00e9"}, tg.codec_names(coder, run))
@@ -344,7 +309,7 @@ def test_a_loaded_model_has_bitwise_the_dense_weights(run):
 
 
 def test_auto_is_no_larger_than_any_coder_it_tries():
-    tried = tg.codec_names("auto", make_run(small()))
+    tried = tg.codec_names("auto", quiet_run(small()))
     assert set(tried) == set(CODERS) - {"zlib"} and tried
     assert all(len(packed()[0]) <= len(packed(c)[0]) for c in tried)
 
@@ -409,7 +374,7 @@ def test_a_coder_that_is_not_here_is_named(monkeypatch):
     with pytest.raises(SystemExit, match="not installed"):
         tg.read_artifact(data)
     with pytest.raises(SystemExit, match="brotli is not installed"):
-        tg.codec_names("brotli", make_run(small()))
+        tg.codec_names("brotli", quiet_run(small()))
 
 
 def test_weights_of_another_network_are_refused():
@@ -431,7 +396,7 @@ WIDER = dict(model_dim=64, mlp_mult=4, num_layers=5, xsa_last_n=5, bigram_vocab_
 def wide():
     """(quantizer, bytes of the packed code, bytes of the model) of a network large enough for its share to count."""
     cfg = small(**WIDER)
-    run = make_run(cfg)
+    run = quiet_run(cfg)
     q = quantizer(cfg, run)
     return q, len(tg.pack_code(tg.SOURCE)), len(tg.build_artifact(q.solve()[0], q.kept, {}, ["zlib"])[0])
 
@@ -442,7 +407,7 @@ def test_an_artifact_over_the_cap_is_made_to_fit(share, wide):
     q, code, model = wide
     cap = code + int(share * model)
     cfg = small(**WIDER, artifact_max_bytes=cap)
-    run = make_run(cfg)
+    run = quiet_run(cfg)
     data, parts, coarser = tg.fit_artifact(q, {}, cfg, run)
     assert coarser > 1 and not run.failures
     assert 0.98 * cap < len(data) + code <= cap
@@ -455,7 +420,7 @@ def test_an_artifact_over_the_cap_is_made_to_fit(share, wide):
 def test_an_artifact_under_the_cap_is_left_alone(wide):
     q, code, model = wide
     cfg = small(**WIDER, artifact_max_bytes=code + model + 200)
-    run = make_run(cfg)
+    run = quiet_run(cfg)
     assert tg.fit_artifact(q, {}, cfg, run)[2] == 1.0 and not run.failures
 
 
@@ -464,7 +429,7 @@ def test_a_cap_that_cannot_be_met_is_a_failure(spare, wide):
     """Smaller than the code alone, or than code and scales: the run goes on, its weights stay numbers, its verdict says so."""
     q, code, _ = wide
     cfg = small(**WIDER, artifact_max_bytes=code + spare)
-    run = make_run(cfg)
+    run = quiet_run(cfg)
     data, _, _ = tg.fit_artifact(q, {}, cfg, run)
     assert any("does not fit" in f for f in run.failures)
     assert all(w.isfinite().all() for w in tg.read_artifact(data)[1].values())
