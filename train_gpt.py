@@ -2376,9 +2376,12 @@ class Scorer:
             nll = self.model.nll(*batch)
             if i == 0:
                 self.sample_mass(batch, nll)
-            kept = [np.arange(s, e) - a + o for (a, e, s), o in zip(part, np.cumsum(part[:, 1] - part[:, 0]) - (part[:, 1] - part[:, 0]))]
-            source = torch.from_numpy(np.concatenate(kept)).to(self.run.device)
-            self.nll[torch.from_numpy(np.concatenate([np.arange(s, e) for _, e, s in part])).to(self.run.device)] = nll[source]
+            sizes = part[:, 1] - part[:, 0]
+            place = np.cumsum(sizes) - sizes - part[:, 0]  # from a position of the stream to its row in this batch
+            scored = [np.arange(first, end) for _, end, first in part]
+            rows = np.concatenate([at + shift for at, shift in zip(scored, place)])
+            at, rows = (torch.from_numpy(x).to(self.run.device) for x in (np.concatenate(scored), rows))
+            self.nll[at] = nll[rows]
 
     def sample_mass(self, batch: Batch, nll: Tensor, count: int = 64) -> None:
         """Show the ledger full distributions at the row's first positions, by the uncompiled head."""
@@ -2578,7 +2581,7 @@ class Slots:
         head = HeadAdapters(**made.pop(-1, {}), bias=extra[:, :split] if split else None,
                             caps=self.cfg.logit_softcap + self.CAP_SCALE * extra[:, split:] if self.cfg.ttt_asym_logit else None)
         where = self.where[:n, None]
-        old = (where >= 0) & (where > pos[:, :, None] - self.window)  # [n, C, W + 1]; the spare cell stays empty
+        old = (where >= 0) & (where > pos[:, :, None] - self.window)  # [n, C, W + 8]; spare cells stay empty
         C = pos.shape[1]
         own = torch.ones(C, C, dtype=torch.bool, device=pos.device).tril().expand(n, C, C)
         seen = torch.cat((old, own), 2)
@@ -2696,7 +2699,7 @@ class DocumentScorer:
         return memory._replace(past=[p._replace(seen=seen) for p in memory.past])
 
     def report(self, chunk: int, t: int, steps: int, busy: int) -> None:
-        """Progress with the running bpb of what this rank has scored."""
+        """Progress: tokens over all ranks, their rate, seconds."""
         seconds = self.run.clock.read() - self.scorer.start
         self.run.log(f"ttt_lora chunk:{chunk} step:{t + 1}/{steps} slots:{busy} tokens:{self.done}/{self.val.targets} "
                      f"tok/s:{self.done / max(seconds, 1e-9):.0f} time:{seconds:.1f}s")
@@ -2732,17 +2735,19 @@ def score_documents(model: GPT, val: ValidationSet, cfg: Config, run: Run, reser
     # only adapters learn: no gradient of a weight is ever formed
     for p in model.parameters():
         p.requires_grad_(False)
-    with deterministic(cfg):
-        low = 0
-        for limit, chunk in cfg.ttt_chunks:
-            spans = val.sequences[(lengths > low) & (lengths <= limit)]
-            low = limit
-            if len(spans):
-                scorer.run_class(spans, chunk, give_up)
-        if (scorer.scorer.ledger.when < 0).any():
-            scorer.finish_plain()
-    for p in model.parameters():
-        p.requires_grad_(True)
+    try:
+        with deterministic(cfg):
+            low = 0
+            for limit, chunk in cfg.ttt_chunks:
+                spans = val.sequences[(lengths > low) & (lengths <= limit)]
+                low = limit
+                if len(spans):
+                    scorer.run_class(spans, chunk, give_up)
+            if (scorer.scorer.ledger.when < 0).any():
+                scorer.finish_plain()
+    finally:
+        for p in model.parameters():
+            p.requires_grad_(True)
     scorer.scorer.nll += scorer.nll[:-1]  # zeros wherever the other one scored
     return scorer.scorer.result()
 
@@ -2752,7 +2757,9 @@ def warm_up_evaluation(model: GPT, val: ValidationSet, cfg: Config, run: Run) ->
     scorer = Scorer(model, val, cfg, run)
     random_tokens = np.random.Generator(np.random.PCG64(0)).integers(2, cfg.vocab_size, scorer.row_tokens + 1)
     width = cfg.ttt_batch_tokens // run.world
-    for count, room, learns in ((scorer.row_tokens, scorer.room, False), (width, max(64, width // 32), cfg.ttt_enabled)):
+    for count, room, learns in ((scorer.row_tokens, scorer.room, False), (width, max(64, width // 32), True)):
+        if learns and not (cfg.ttt_enabled and cfg.ttt_method == "chunk"):
+            continue  # nothing will learn on flat rows
         cu = np.append(np.arange(0, count, scorer.length), count).astype(np.int32)
         batch = make_batch(random_tokens[:count], random_tokens[1:count + 1], cu, scorer.length, run, room)
         with deterministic(cfg, learns), torch.set_grad_enabled(learns):
