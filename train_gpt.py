@@ -236,8 +236,8 @@ class PackKnobs:
     ttt_lora_sites: str = knob("qvomh", "lora: where adapters act: q, k, v, o, m (MLP), h (head)")
     ttt_lora_rank: int = knob(80, "lora: rank", low=1)
     ttt_lora_alpha: float = knob(144.0, "lora: output scale times rank", low=0)
-    ttt_lora_lr: float = knob(1e-4, "lora: AdamW step; 2e-4 was seen to diverge", low=0)
-    ttt_weight_decay: float = knob(0.5, "lora: decoupled decay; 2.0 is steadier", low=0)
+    ttt_lora_lr: float = knob(1e-4, "lora: AdamW step (PR #2130: 2e-4 diverges)", low=0)
+    ttt_weight_decay: float = knob(0.5, "lora: decoupled decay (PR #1945: 2.0 is steadier)", low=0)
     ttt_beta1: float = knob(0.0, "lora: AdamW", low=0, high=1)
     ttt_beta2: float = knob(0.99, "lora: AdamW", low=0, high=1)
     ttt_trust: float = knob(0.0, "lora: most root mean square of one normalised step; 0: no limit", low=0)
@@ -341,12 +341,15 @@ class Config(PackKnobs, OptimKnobs, ModelKnobs, DataKnobs, RunKnobs):
     @property
     def ttt_chunks(self) -> list[tuple[float, int]]:
         """[(longest document, chunk)], the last for all longer ones; ConfigError if TTT_CHUNK_SIZE does not say that."""
-        match = re.fullmatch(r"(\d+:\d+,)*\d+", self.ttt_chunk_size)
-        rows = [tuple(map(float, r.split(":"))) for r in f"{self.ttt_chunk_size}".rsplit(",", 1)[0].split(",") if ":" in r]
-        if not match or rows != sorted(rows) or not all(r[1] for r in rows) or self.ttt_chunk_size.endswith(("0:", ",0")):
-            raise ConfigError(f"TTT_CHUNK_SIZE={self.ttt_chunk_size}: rising 'longest:tokens' pairs and a last size, "
-                              "like 256:16,2000:32,48")
-        return [(a, int(b)) for a, b in rows] + [(math.inf, int(self.ttt_chunk_size.rsplit(",", 1)[-1]))]
+        wrong = ConfigError(f"TTT_CHUNK_SIZE={self.ttt_chunk_size}: rising 'longest:tokens' pairs and a last size, "
+                            "like 256:16,2000:32,48")
+        if not re.fullmatch(r"(\d+:\d+,)*\d+", self.ttt_chunk_size):
+            raise wrong
+        *pairs, last = self.ttt_chunk_size.split(",")
+        rows = [tuple(map(int, pair.split(":"))) for pair in pairs] + [(math.inf, int(last))]
+        if rows != sorted(rows) or not all(size for _, size in rows):
+            raise wrong
+        return rows
 
     def as_dict(self) -> dict:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -669,6 +672,13 @@ class Run:
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def sum_all_(self, tensors: list[Tensor]) -> None:
+        """All-reduce (sum) many tensors in place as one message."""
+        if self.world > 1:
+            flat = self.sum_(torch.cat([t.flatten() for t in tensors]))
+            for t, f in zip(tensors, flat.split([t.numel() for t in tensors])):
+                t.copy_(f.view_as(t))
 
     def share(self, data: bytes | None) -> bytes:
         """Rank 0's bytes on every rank (nodes need no common file system)."""
@@ -1282,7 +1292,7 @@ class HeadGate(nn.Module):
     def __init__(self, kind: str, heads: int, dim: int, window: int):
         super().__init__()
         reads, self.outer, self.inner, bias = GATES[kind]
-        # 12 leading channels suffice and cost 96 weights a layer
+        # a window of 12 costs 96 weights a layer, reading all channels 4,096
         self.width = {"none": 0, "window": window, "all": dim}[reads]
         self.weight = nn.Parameter(torch.empty(heads, self.width)) if self.width else None
         self.bias = nn.Parameter(torch.empty(heads)) if bias is not None else None
@@ -1852,20 +1862,18 @@ class Optimizers:
         for ps in self.groups.values():  # a parameter that this plan does not use has no gradient, and must not stall ranks
             for p in ps:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if self.run.world > 1:  # one all-reduce for all small gradients
-            flat = torch.cat([p.grad.flatten() for p in self.small])
-            self.run.sum_(flat).div_(self.run.world)
-            for p, g in zip(self.small, flat.split([p.numel() for p in self.small])):
-                p.grad.copy_(g.view_as(p))
+        small = [p.grad for p in self.small]
+        self.run.sum_all_(small)
+        torch._foreach_div_(small, self.run.world)
         shards, square = self.muon.reduce()
-        norms = torch._foreach_norm([p.grad for p in self.small])  # already equal on all ranks
+        norms = torch._foreach_norm(small)  # already equal on all ranks
         norm = (self.run.sum_(square) + torch.stack(norms).square().sum()).sqrt()
         clip = self.cfg.grad_clip_norm
         scale = (clip / norm.clamp_min(clip)) if clip else torch.ones_like(norm)  # min(1, clip / norm), NaN stays NaN
-        torch._foreach_mul_([p.grad for p in self.small], scale)
+        torch._foreach_mul_(small, scale)
         for group in self.adam.param_groups:
             group["lr"] = group["base"] * v.lr  # AdamW reads it when it steps
-        self.adam.step()  # runs while the matrices wait for nobody
+        self.adam.step()  # equal on all ranks, so nothing is sent
         self.muon.step(shards, scale, self.cfg.matrix_lr * v.lr, v.momentum)
         return norm
 
@@ -2451,11 +2459,7 @@ class Adapter:
         self.optimizer.zero_grad(set_to_none=True)
         mask = torch.arange(share, device=self.run.device) < real  # padding earns no gradient
         ((self.model.nll(*batch) * mask).sum() / (end - begin)).backward()
-        grads = [p.grad for p in self.params if p.grad is not None]
-        if self.run.world > 1:
-            flat = self.run.sum_(torch.cat([g.flatten() for g in grads]))
-            for g, f in zip(grads, flat.split([g.numel() for g in grads])):
-                g.copy_(f.view_as(g))
+        self.run.sum_all_([p.grad for p in self.params if p.grad is not None])
         if self.cfg.ttt_grad_clip:
             torch.nn.utils.clip_grad_norm_(self.params, self.cfg.ttt_grad_clip)
         self.optimizer.step()
@@ -2540,7 +2544,7 @@ class Slots:
     CAP_SCALE = 100.0  # a softcap moves this many times a weight's step: it is a number near 30
 
     def __init__(self, model: GPT, cfg: Config, run: Run, count: int):
-        self.model, self.cfg, self.run, self.count = model, cfg, run, count
+        self.cfg = cfg
         self.sites, self.window = adapter_sites(model, cfg), cfg.eval_seq_len
         rank, rng, parts, fixed = cfg.ttt_lora_rank, torch.Generator().manual_seed(cfg.seed), [], []
         for _, _, into, out in self.sites:
@@ -2640,14 +2644,14 @@ class DocumentScorer:
             if t % 8 == 0 and give_up():
                 return
             busy = step.end > step.begin
-            self.book(step, busy, chunk)
+            self.book(step, busy)
             mine = np.arange(self.run.rank, self.cfg.ttt_slots, self.run.world)  # loads fall, so ranks stay even
             self.step(Step(*(x[mine] for x in step)), chunk, sample=t % 16 == 0)
             self.done += int((step.end - step.begin).sum())
             if t % 50 == 0:
                 self.report(chunk, t, len(steps), int(busy.sum()))
 
-    def book(self, step: Step, busy: np.ndarray, chunk: int) -> None:
+    def book(self, step: Step, busy: np.ndarray) -> None:
         """Tell the ledger what this moment scores and then learns, on all ranks."""
         first = np.maximum(step.doc, step.begin - 1)  # it reads more, but if its predecessor is scored, so is all before
         spans = np.stack([first, step.end, step.begin], 1)[busy]
@@ -3204,6 +3208,7 @@ def job(cfg: Config, run: Run, stored: dict | None) -> None:
     total = None
     if stored is not None:
         run.log(f"weights from {stored['path']}")
+    if cfg.mode == "pack":
         load_weights(model, stored["weights"])
     if cfg.mode == "train":
         run.log(f"train_shards: {len(stream.shards)} train_tokens: {stream.tokens}")

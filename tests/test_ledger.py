@@ -38,16 +38,9 @@ def validation(isolate=True, lengths=LENGTHS, seed=0, tokens=None):
     return val
 
 
-def lively(cfg, spread=0.2):
-    """A model with noise on every parameter, recurrence on, as evaluation has it."""
-    model = tg.GPT(cfg)
-    tg.initialize(model, cfg)
-    rng = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(spread * torch.randn(p.shape, generator=rng))
-    model.looping = cfg.num_loops > 0
-    return model
+def lively(cfg):
+    """Recurrence on where there is any, as evaluation has it."""
+    return toy.lively(cfg, looping=cfg.num_loops > 0)
 
 
 class Scorers:

@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from toy import one_thread, run, small, tg  # noqa: F401 (fixtures)
+from toy import lively, one_thread, run, small, tg  # noqa: F401 (fixtures)
 
 
 VALUES_MIX = dict(value_residual="mix", num_loops=2, parallel_residual="two", bigram_vocab_size=37)
@@ -35,18 +35,6 @@ VARIANTS = [*toggles(), *COMBINATIONS]
 def name(knobs):
     """The id of a parametrised case; other arguments keep pytest's own."""
     return None if not isinstance(knobs, dict) else ",".join(f"{k}={v}" for k, v in knobs.items()) or "record"
-
-
-def lively(cfg, attend=None, looping=True, dtype=torch.float32, spread=0.2):
-    """A model with noise on every parameter, so that all of its paths carry signal."""
-    model = tg.GPT(cfg, attend or tg.attention_sdpa, dtype)
-    tg.initialize(model, cfg)
-    rng = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(spread * torch.randn(p.shape, generator=rng))
-    model.looping = looping
-    return model
 
 
 # one-token segments, an empty one (padding of the borders), lengths off every block size

@@ -25,6 +25,18 @@ def quiet_run(cfg):
         return tg.Run(cfg, (0, 0, 1), quiet=True)
 
 
+def lively(cfg, attend=None, looping=True, dtype=torch.float32, spread=0.2):
+    """A model with noise on every parameter, so that all of its paths carry signal."""
+    model = tg.GPT(cfg, attend or tg.attention_sdpa, dtype)
+    tg.initialize(model, cfg)
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(spread * torch.randn(p.shape, generator=rng))
+    model.looping = looping
+    return model
+
+
 @pytest.fixture(scope="module")
 def run():
     return quiet_run(small())
