@@ -1,0 +1,731 @@
+"""Check record folders against the contest's rules: one line a rule, exit status 1 if one is broken.
+
+    python records/check.py records/track_non_record_16mb/2026-01-01_Example ... [--json] [--strict]
+
+Folders made by others are read too (both log dialects). Nothing in a folder is ever run or imported. A rule ends as 'ok',
+'FAIL', 'n/a' (not a rule of this track) or 'undecided': the folder does not hold what it would take, and the line says
+what. --strict counts undecided as broken. Letters and numbers are those of the contest's rules as this repository lists
+them: A artifact, B time, C prediction, E metric, F submission; a second column names the rule in a word.
+"""
+import argparse
+import ast
+import json
+import math
+import re
+import shlex
+import sys
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import runs
+
+REQUIRED = {"author": str, "github_id": str, "name": str, "date": str, "val_bpb": (int, float), "blurb": str}
+TOLERANCE = 5e-5  # bpb between two scorings of one artifact: sums are ordered otherwise on other GPU counts
+FINEWEB_BYTES = (151_000_000, 151_200_000)  # 151.07 to 151.08 million whatever the tokenizer, from merged records' logs
+SHELL = re.compile(r"^(CUDA|NCCL|OMP|TORCH|PYTHON|PYTORCH|HF|LD|GLOO|MKL)_|^(RANK|LOCAL_RANK|WORLD_SIZE|PATH|HOME|TRITON_CACHE_DIR)$")
+LOCAL = {"MODE", "RUN_ID", "SEED", "ARTIFACT_DIR", "ARTIFACT", "CHECKPOINT", "PRESET", "DATA_PATH", "TOKENIZER_PATH"}
+NETWORK = {"requests", "urllib", "http", "socket", "huggingface_hub", "datasets", "ftplib", "boto3", "kernels"}
+
+
+class Broken(Exception):
+    """The folder breaks a rule."""
+
+
+class Undecided(Exception):
+    """The folder does not hold what it would take to decide."""
+
+
+class NotHere(Exception):
+    """Not a rule of this folder's track."""
+
+
+@dataclass
+class Outcome:
+    """What came of one rule."""
+    id: str
+    name: str
+    status: str
+    text: str
+
+
+@dataclass
+class Folder:
+    """A record folder, read once."""
+    path: Path
+    errors: dict = field(default_factory=dict)
+
+    def text(self, name: str) -> str:
+        file = self.path / name
+        return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+
+    @cached_property
+    def json(self) -> dict:
+        """submission.json; Broken if it is none."""
+        try:
+            found = json.loads(self.text("submission.json"))
+        except json.JSONDecodeError as e:
+            raise Broken(f"submission.json: {e}") from None
+        if not isinstance(found, dict):
+            raise Broken("submission.json is no object")
+        return found
+
+    @cached_property
+    def logs(self) -> list[runs.Run]:
+        """Text logs of training; other logs (evaluations, sweeps) only where none is called train*."""
+        files = [f for f in sorted(self.path.iterdir()) if f.suffix in (".log", ".txt") and not f.name.startswith(("requirements", "eval_"))]
+        named = [f for f in files if f.name.startswith("train")]
+        return [runs.from_log(f) for f in named or files]
+
+    @cached_property
+    def events(self) -> dict[str, runs.Run]:
+        """The JSONL of each log that has one, by the log's stem."""
+        found = {}
+        for log in self.logs:
+            try:
+                if log.beside(".jsonl").is_file():
+                    found[log.path.stem] = runs.from_events(log.beside(".jsonl"))
+            except (runs.Unreadable, KeyError, TypeError) as e:
+                self.errors[log.path.stem] = e
+        return found
+
+    @property
+    def ours(self) -> bool:
+        return bool(self.logs) and all(r.dialect == "log" for r in self.logs)
+
+    @cached_property
+    def record(self) -> bool:
+        """Whether it claims the timed track, by its own word or else by where it lies."""
+        try:
+            track = str(self.json.get("track") or self.path.resolve().parent.name)
+        except Broken:
+            track = self.path.resolve().parent.name
+        return "non" not in track
+
+    @cached_property
+    def source(self) -> str | None:
+        """The readable program: from a log, else unpacked from train_gpt.py."""
+        held = next((r.source for r in self.logs if r.source), None) or self.text("train_gpt.py")
+        return (runs.unpack_code(held) or held) if held else None
+
+    def need_logs(self) -> list[runs.Run]:
+        if not self.logs:
+            raise Undecided("no training log in the folder")
+        return self.logs
+
+
+RULES: list[tuple] = []
+
+
+def rule(id: str, name: str):
+    """Register a function: it returns why the rule holds, or raises Broken, Undecided or NotHere."""
+    def register(function):
+        RULES.append((id, name, function))
+        return function
+    return register
+
+
+def broken_if(faults: list[str], fine: str) -> str:
+    """`fine`, or Broken with all faults."""
+    if faults:
+        raise Broken("; ".join(faults))
+    return fine
+
+
+def decimals(value: float) -> int:
+    """Digits behind the point of a number as it was typed."""
+    text = repr(value)
+    return len(text.partition(".")[2]) if "e" not in text else 12
+
+
+def agrees(told, real: float, floor: float = 1.01e-8) -> bool:
+    """Whether a number in a document is the logs' one, rounded or cut to its own digits (at least four)."""
+    if isinstance(told, bool) or not isinstance(told, (int, float)) or not math.isfinite(told):
+        return False
+    return abs(told - real) <= max(10.0 ** -max(decimals(told), 4), floor)
+
+
+def finals(f: Folder) -> list[runs.Run]:
+    """Logs that have a final score; Undecided if there is none."""
+    found = [r for r in f.need_logs() if r.final]
+    if not found:
+        raise Undecided("no log holds a final score")
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# F: what a submission is made of
+# ----------------------------------------------------------------------------------------------------------------------
+@rule("F1", "files")
+def files(f: Folder) -> str:
+    missing = [n for n in ("README.md", "submission.json", "train_gpt.py") if not f.text(n)]
+    missing += [] if f.logs else ["a training log"]
+    return broken_if([f"{n} is missing or empty" for n in missing], f"README.md, submission.json, train_gpt.py, {len(f.logs)} logs")
+
+
+@rule("F1", "keys")
+def keys(f: Folder) -> str:
+    faults = [f"{k} is missing" if k not in f.json else f"{k} is {f.json[k]!r}" for k, kind in REQUIRED.items()
+              if not isinstance(f.json.get(k), kind) or f.json[k] == ""]
+    return broken_if(faults, f"{len(f.json)} keys, the usual ones among them")
+
+
+@rule("F1", "date")
+def date(f: Folder) -> str:
+    named = re.match(r"\d{4}-\d\d-\d\d", f.path.resolve().name)
+    if not named:
+        raise Broken("the folder's name does not begin with a date")
+    told = str(f.json.get("date", ""))[:10]
+    return broken_if([f"the folder says {named[0]}, submission.json {told}"] if told != named[0] else [], told)
+
+
+@rule("F1", "finished")
+def finished(f: Folder) -> str:
+    faults = [f"{r.path.name} has no final score: truncated?" for r in f.need_logs() if not r.final]
+    faults += [f"{r.path.name} ends before its verdict: truncated" for r in f.logs if r.final and not r.finished]
+    faults += [f"{r.path.name} holds {r.launches} launches" for r in f.logs if r.launches > 1]
+    return broken_if(faults, f"{len(f.logs)} logs reach their end")
+
+
+@rule("F1", "twins")
+def twins(f: Folder) -> str:
+    """A log and its JSONL are two records of one run: an edit in one shows in the other."""
+    if not f.ours:
+        raise Undecided("no JSONL beside the logs")
+    events, faults = f.events, [f"{name}.jsonl: {e}" for name, e in f.errors.items()]
+    for log in f.logs:
+        other = events.get(log.path.stem)
+        if other is None:
+            faults += [] if log.path.stem in f.errors else [f"{log.path.stem}.jsonl is missing"]
+            continue
+        faults += [f"{log.path.stem}: {what} is {a} in the log and {b} in the JSONL" for what, a, b in twin_facts(log, other) if a != b]
+    return broken_if(faults, "every log says what its JSONL says")
+
+
+def twin_facts(log: runs.Run, other: runs.Run) -> list[tuple]:
+    """(what, as the log has it, as the JSONL has it), at the log's precision."""
+    def told(run):
+        scores = {n: (f"{s.loss:.8f}", f"{s.bpb:.8f}", s.verdict) for n, s in run.scores.items()}
+        return scores, {n: (f"{s.loss:.8f}", f"{s.bpb:.8f}") for n, s in run.diagnostics.items()}
+
+    knobs = {(k, str(v)) for k, v in other.config.items()}
+    apart = sorted(k for k, v in log.spans.items() if abs(v - other.spans.get(k, -1)) > 0.006)  # the log has two digits
+    losses = [[(p.step, f"{p.loss:.4f}") for p in run.train] for run in (log, other)]
+    return [("the scores", told(log), told(other)), ("the seed", log.seed, other.seed), ("the recipe", log.recipe, other.recipe),
+            ("the source's sha256", log.source_sha, other.source_sha), ("the end", log.finished, other.finished),
+            ("the size", log.size, other.size), ("the knobs apart", sorted(set(log.config.items()) ^ knobs), []),
+            ("the spans apart", apart, []), ("the train losses", *losses)]
+
+
+@rule("F1", "headline")
+def headline(f: Folder) -> str:
+    found, faults = finals(f), []
+    for key, of in (("val_bpb", lambda r: r.final.bpb), ("val_loss", lambda r: r.final.loss)):
+        real = runs.mean(map(of, found))
+        if key in f.json and not agrees(f.json[key], real) and not (len(found) > 1 and any(agrees(f.json[key], of(r)) for r in found) and not f.json.get("seeds")):
+            faults.append(f"{key} is {f.json[key]}, the logs' mean is {real:.8f}")
+    faults += [f"{r.path.name} calls {r.best:.8f} its result, but its best pass is {r.final.bpb:.8f}"
+               for r in found if r.best is not None and not agrees(r.best, r.final.bpb)]
+    return broken_if(faults, f"val_bpb {f.json.get('val_bpb')} is the mean of {len(found)} logs")
+
+
+@rule("F1", "results")
+def results(f: Folder) -> str:
+    """seed_results against the logs, key by key."""
+    table, found, faults = f.json.get("seed_results"), finals(f), []
+    if not isinstance(table, dict):
+        raise Undecided("submission.json has no seed_results")
+    by_seed = {str(r.seed): r for r in found}
+    faults += [f"seed {s} has no log" for s in table if s not in by_seed]
+    faults += [f"seed {s} has a log and no entry" for s in by_seed if s not in table]
+    for seed in table.keys() & by_seed.keys():
+        run, told = by_seed[seed], table[seed]
+        real = {"val_bpb": run.final.bpb, "val_loss": run.final.loss, "artifact_bytes": run.total, "steps": run.steps}
+        faults += [f"seed {seed}: {k} is {told[k]}, the log says {v}" for k, v in real.items()
+                   if k in told and v is not None and not agrees(told[k], v)]
+    return broken_if(faults, f"{len(table)} seeds as in their logs")
+
+
+@rule("F1", "spread")
+def spread(f: Folder) -> str:
+    found, faults = finals(f), []
+    for key, of in (("val_bpb_std", lambda r: r.final.bpb), ("val_loss_std", lambda r: r.final.loss)):
+        values = [of(r) for r in found]
+        if key in f.json and len(values) > 1:
+            # both conventions are in use, n - 1 and n
+            sample = runs.spread(values)
+            if not any(agrees(f.json[key], s, 3e-8) for s in (sample, sample * math.sqrt(1 - 1 / len(values)))):
+                faults.append(f"{key} is {f.json[key]}, the logs give {sample:.8f}")
+    if "val_bpb_std" not in f.json:
+        raise Undecided("submission.json gives no val_bpb_std")
+    return broken_if(faults, f"seed sd {f.json['val_bpb_std']}")
+
+
+@rule("F1", "readme")
+def readme(f: Folder) -> str:
+    """The README's figures are the logs': the headline, and every seed's score."""
+    numbers = [float(n) for n in re.findall(r"(?<![\w.])\d\.\d{4,}", f.text("README.md"))]
+    found = finals(f)
+    wanted = {"the mean": runs.mean(r.final.bpb for r in found), **{f"seed {r.seed}": r.final.bpb for r in found}}
+    if len(found) > 1 and not f.ours:
+        wanted.pop("the mean")  # others' headlines are a best seed as often as a mean
+    faults = [f"{name}'s {value:.6f} is not in the README" for name, value in wanted.items() if not any(agrees(n, value) for n in numbers)]
+    title = re.search(r"^# .*?(\d\.\d{4,})", f.text("README.md"), re.M)
+    if title and "val_bpb" in f.json and not agrees(float(title[1]), f.json["val_bpb"]):
+        faults.append(f"its title says {title[1]}, submission.json {f.json['val_bpb']}")
+    return broken_if(faults, "its scores are the logs'")
+
+
+@rule("F1", "sizes-told")
+def sizes_told(f: Folder) -> str:
+    totals = [r.total for r in f.need_logs() if r.total]
+    if not totals or "bytes_total" not in f.json:
+        raise Undecided("no bytes_total, or no log with a total")
+    told = f.json["bytes_total"]
+    return broken_if([f"bytes_total is {told}, the logs say {sorted(totals)}"] if told not in (max(totals), round(runs.mean(totals))) else [],
+                     f"bytes_total {told:,} is in the logs")
+
+
+@rule("F1", "seeds")
+def seeds(f: Folder) -> str:
+    """Each log a seed of its own, the json's list the logs', three for a record, none left out."""
+    found = [r.seed for r in f.need_logs()]
+    faults = [f"seed {s} is in {found.count(s)} logs" for s in sorted({s for s in found if s is not None}) if found.count(s) > 1]
+    told = f.json.get("seeds")
+    told = list(map(int, told)) if isinstance(told, (list, dict)) and all(str(s).isdigit() for s in told) else None
+    if told is not None and None not in found and sorted(told) != sorted(found):
+        faults.append(f"submission.json says {sorted(told)}, the logs {sorted(found)}")
+    faults += [f"{r.path.name} holds seed {r.seed}" for r in f.logs
+               if (named := re.search(r"seed(\d+)", r.path.stem)) and r.seed is not None and int(named[1]) != r.seed]
+    if f.record and len(set(found)) < 3:
+        faults.append(f"a record needs three seeds, here are {len(set(found))}")
+    return broken_if(faults, f"seeds {found}")
+
+
+@rule("F2", "margin")
+def margin(f: Folder) -> str:
+    if not f.record:
+        raise NotHere("only a record must beat another")
+    raise Undecided("needs the record before it: python records/compare.py FOLDER PREVIOUS")
+
+
+@rule("F3", "one-recipe")
+def one_recipe(f: Folder) -> str:
+    """All seeds ran one program with one set of knobs."""
+    found = f.need_logs()
+    if not f.ours:
+        raise Undecided("the logs name no recipe")
+    faults = [f"the logs differ in their {what}: {sorted(values)}" for what, values in (
+        ("recipe", {r.recipe for r in found}), ("source", {(r.source_sha or "none")[:12] for r in found}),
+        ("ranks", {r.world for r in found}), ("device", {str(r.device) for r in found}), ("torch", {str(r.torch) for r in found}))
+        if len(values) > 1]
+    if f.json.get("recipe", found[0].recipe) != found[0].recipe:
+        faults.append(f"submission.json says recipe {f.json['recipe']}, the logs {found[0].recipe}")
+    return broken_if(faults, f"recipe {found[0].recipe}, {found[0].world} ranks")
+
+
+@rule("F3", "hardware")
+def hardware(f: Folder) -> str:
+    if not f.record:
+        raise NotHere("any machine will do off the timed track")
+    found = f.need_logs()
+    if any(r.world is None or r.device is None for r in found):
+        raise Undecided("the logs do not name GPUs and ranks")
+    wrong = [f"{r.path.name}: {r.world}x {r.device}" for r in found if r.world != 8 or "H100" not in r.device]
+    return broken_if([f"8x H100 expected; {w}" for w in wrong], f"8x {found[0].device}")
+
+
+@rule("F3", "knobs")
+def knobs(f: Folder) -> str:
+    """No command of the README sets a knob that the program does not have."""
+    given = {name for knobs_, _ in commands(f.text("README.md")) for name in knobs_}
+    if not f.source:
+        raise Undecided("no source to look them up in")
+    try:
+        known = runs.knobs_of(f.source) or {s for s in constants(f.source)}
+    except SyntaxError:
+        raise Undecided("the source does not parse here") from None
+    if not commands(f.text("README.md")):
+        raise (Broken if f.ours else Undecided)("the README has no command that runs train_gpt.py")
+    unknown = sorted(n for n in given - set(known) if not SHELL.match(n))
+    return broken_if([f"{', '.join(unknown)}: not read by the program"] if unknown else [], f"{len(given)} knobs, all read by the program")
+
+
+def constants(source: str) -> set[str]:
+    """All string constants of a program: a variable that it reads is one of them."""
+    return {n.value for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
+
+
+def commands(text: str) -> list[tuple[dict, str]]:
+    """(knobs, line) of each command in fenced blocks that starts a train_gpt.py; exports before it count."""
+    found = []
+    for block in re.findall(r"^ *```[^\n]*\n(.*?)^ *```", text, re.M | re.S):
+        exported = {}
+        for line in block.replace("\\\n", " ").splitlines():
+            try:
+                words = shlex.split(line.strip().removeprefix("$ "), comments=True)
+            except ValueError:
+                continue  # prose or output, not a command
+            given = dict(w.split("=", 1) for w in words if re.match(r"[A-Z][A-Z0-9_]*=", w))
+            if words and words[0] == "export":
+                exported |= given
+            elif any(w.endswith("train_gpt.py") for w in words) and any(re.search(r"python|torchrun", w) for w in words):
+                found.append(({**exported, **given}, line.strip()))
+    return found
+
+
+@rule("F3", "command")
+def command(f: Folder) -> str:
+    """The README's command gives the logged configuration, nothing left out and nothing else."""
+    known = runs.knobs_of(f.source) if f.ours and f.source else None
+    if known is None:
+        raise Undecided("only programs that print their knobs can be compared with a command")
+    found = [k for k, _ in commands(f.text("README.md")) if k.get("MODE", "train") == "train"]
+    if not found:
+        raise Broken("the README has no command that trains")
+    log, faults = f.logs[0].config, []
+    preset = {**known, **preset_of(f.source, found[0].get("PRESET") or log.get("PRESET", ""))}
+    for name in known.keys() - LOCAL:
+        told = found[0].get(name, preset[name])
+        if name in log and not same_value(told, log[name]):
+            faults.append(f"{name}: the command gives {told or 'nothing'}, the log has {log[name]}")
+    return broken_if(sorted(faults), "it gives the logged configuration")
+
+
+def preset_of(source: str, name: str) -> dict[str, str]:
+    """A preset's overrides, from the program's table NAME = dict(knob=value, ...)."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and isinstance(node.targets[0], ast.Name) \
+                and node.targets[0].id == name.upper():
+            return {k.arg.upper(): str(ast.literal_eval(k.value)) for k in node.value.keywords}
+    return {}
+
+
+def same_value(a: str, b: str) -> bool:
+    """Equal as text, as number, or as switch."""
+    a, b = ({"True": "1", "False": "0"}.get(str(x), str(x)) for x in (a, b))
+    try:
+        return a == b or float(a) == float(b)
+    except ValueError:
+        return False
+
+
+@rule("F4", "same-code")
+def same_code(f: Folder) -> str:
+    """What ships is what ran: the packed train_gpt.py is the source in the logs."""
+    sources = [r.source for r in f.need_logs() if r.source]
+    shipped = f.text("train_gpt.py")
+    if not sources or not shipped:
+        raise Undecided("the logs hold no source" if shipped else "no train_gpt.py")
+    faults = [f"{r.path.name}: its source is not the one whose sha256 it names" for r in f.logs
+              if r.source and r.source_sha and runs.sha256(r.source.encode()) != r.source_sha]
+    try:
+        mine = runs.meaning(runs.unpack_code(shipped) or shipped)
+        faults += [f"train_gpt.py is another program than the source in {r.path.name}" for r in f.logs
+                   if r.source and mine != runs.meaning(runs.unpack_code(r.source) or r.source)]
+    except (SyntaxError, ValueError) as e:
+        raise Undecided(f"a source does not parse here: {e}") from None
+    return broken_if(faults, f"train_gpt.py is the source in {len(sources)} logs")
+
+
+@rule("F4", "repeated")
+def repeated(f: Folder) -> str:
+    """The shipped file itself has scored the artifacts."""
+    evals = {int(m[1]): runs.from_log(p) for p in f.path.glob("eval_seed*.log") if (m := re.search(r"seed(\d+)", p.stem))}
+    if not evals:
+        raise Undecided("no eval_seed*.log: nobody ran the shipped file on the artifacts")
+    shipped, trained, faults = runs.sha256((f.path / "train_gpt.py").read_bytes()), {r.seed: r for r in f.logs}, []
+    for seed, run in evals.items():
+        if run.source_sha != shipped:
+            faults.append(f"seed {seed} was scored by another file than train_gpt.py")
+        if seed not in trained or not run.finished or run.failures:
+            faults.append(f"eval_seed{seed}.log: " + ("no such training" if seed not in trained else "not finished, or it failed"))
+        elif abs(run.final.bpb - trained[seed].final.bpb) > TOLERANCE:
+            faults.append(f"seed {seed}: {run.final.bpb:.8f}, at the end of training {trained[seed].final.bpb:.8f}")
+    return broken_if(faults, f"the shipped file scores {len(evals)} of {len(trained)} artifacts as the runs did")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A: the artifact
+# ----------------------------------------------------------------------------------------------------------------------
+@rule("A1", "bytes")
+def total_bytes(f: Folder) -> str:
+    totals = {r.path.name: r.total for r in f.need_logs() if r.total}
+    if not totals:
+        raise Undecided("no log gives a total size")
+    faults = [f"{n}: {t:,} bytes are over {runs.CAP:,}" for n, t in totals.items() if t > runs.CAP]
+    faults += [f"{r.path.name}: code {r.size['code']:,} + model {r.size['model']:,} is not {r.total:,}" for r in f.logs
+               if {"code", "model", "total"} <= r.size.keys() and r.size["code"] + r.size["model"] != r.total]
+    return broken_if(faults, f"largest total {max(totals.values()):,} of {runs.CAP:,}")
+
+
+@rule("A1", "shipped")
+def shipped(f: Folder) -> str:
+    """The code that is counted is the file that ships."""
+    if not f.text("train_gpt.py"):
+        raise Undecided("no train_gpt.py")
+    real = (f.path / "train_gpt.py").stat().st_size
+    counted = {r.path.name: r.size["code"] for r in f.need_logs() if "code" in r.size}
+    models = [r.size["model"] for r in f.logs if "model" in r.size]
+    with_it = f", with it the total is {max(models) + real:,}" if models else ""
+    faults = [f"{n} counts {c:,} bytes of code, train_gpt.py has {real:,}{with_it}" for n, c in counted.items() if c != real]
+    if "bytes_code" in f.json and f.json["bytes_code"] != real:
+        faults.append(f"bytes_code is {f.json['bytes_code']}, train_gpt.py has {real}")
+    if f.json.get("code_sha256", "") not in ("", runs.sha256((f.path / "train_gpt.py").read_bytes())):
+        faults.append("code_sha256 is another file's")
+    if not counted and "bytes_code" not in f.json:
+        raise Undecided("neither logs nor submission.json count the code")
+    return broken_if(faults, f"train_gpt.py's {real:,} bytes are the ones counted")
+
+
+@rule("A1", "artifact")
+def artifact(f: Folder) -> str:
+    """Artifacts in the folder: size, checksum, and that they belong to these logs."""
+    files_ = {p: re.search(r"seed(\d+)", p.stem) for p in f.path.glob("*.artifact")}
+    if not files_:
+        raise Undecided("no artifact in the folder; sizes are the logs' word")
+    logs, faults = {r.seed: r for r in f.logs}, []
+    for path, seed in files_.items():
+        try:
+            manifest = runs.read_manifest(path)
+        except (runs.Unreadable, OSError, ValueError, KeyError) as e:
+            faults.append(str(e))
+            continue
+        log = logs.get(int(seed[1])) if seed else None
+        faults += [f"{path.name} belongs to no log"] if log is None else artifact_faults(path, manifest, log, f.json)
+    return broken_if(faults, f"{len(files_)} artifacts are the logs'")
+
+
+def artifact_faults(path: Path, manifest: dict, log: runs.Run, told: dict) -> list[str]:
+    """What in an artifact is not as its log and submission.json say."""
+    sha = told.get("seed_results", {}).get(str(log.seed), {}).get("artifact_sha256")
+    facts = (("its bytes", path.stat().st_size, log.size.get("model")), ("its source", manifest.get("source"), log.source_sha),
+             ("its seed", manifest.get("config", {}).get("seed"), log.seed),
+             ("its validation set", manifest.get("validation"), log.validation),
+             ("its sha256", runs.sha256(path.read_bytes()), sha or runs.sha256(path.read_bytes())))
+    return [f"{path.name}: {what} is {a}, not {b}" for what, a, b in facts if a != b]
+
+
+@rule("A2", "alone")
+def alone(f: Folder) -> str:
+    """No code beside train_gpt.py that it uses."""
+    if not f.source:
+        raise Undecided("no source")
+    others = [p.name for p in f.path.rglob("*.py") if p.name != "train_gpt.py"]
+    source = f.text("train_gpt.py") + (runs.unpack_code(f.text("train_gpt.py")) or "")
+    used = [n for n in others if re.search(rf"\b{re.escape(n)}|\b(?:import|from)\s+{re.escape(n[:-3])}\b", source)]
+    binaries = [p.name for p in f.path.rglob("*") if p.suffix in (".so", ".dll", ".dylib", ".whl")]
+    faults = [f"train_gpt.py uses {n}, which is not counted" for n in used] + [f"{n} is not counted" for n in binaries]
+    return broken_if(faults, "train_gpt.py is all the code" + (f" (it does not use {', '.join(others)})" if others else ""))
+
+
+@rule("A3", "offline")
+def offline(f: Folder) -> str:
+    try:
+        tree = ast.parse(f.source or "")
+    except SyntaxError:
+        raise Undecided("the source does not parse here") from None
+    if not f.source:
+        raise Undecided("no source")
+    names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
+    used = sorted(NETWORK & {n.split(".")[0] for n in names})
+    if used:
+        raise Undecided(f"the program imports {', '.join(used)}: see whether evaluation uses it")
+    return "the program imports nothing that reaches the network"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# B: time
+# ----------------------------------------------------------------------------------------------------------------------
+def limit_of(f: Folder, run: runs.Run, knob: str) -> float | None:
+    """Seconds allowed: the contest's for a record, else the run's own; None for no limit."""
+    if f.record:
+        return runs.BUDGET
+    own = float(run.config.get(knob) or 0)
+    return own or None
+
+
+@rule("B1", "training")
+def training(f: Folder) -> str:
+    """All that reads training data, Hessians included, within the budget."""
+    faults, longest = [], 0.0
+    for run in f.need_logs():
+        cap, used = limit_of(f, run, "MAX_WALLCLOCK_SECONDS"), run.train_seconds
+        if cap is None:
+            continue
+        if used is None:
+            raise Undecided(f"{run.path.name} does not say how long training took")
+        # others stop at the first step that ends behind the cap, which has been accepted; Hessians behind it have not
+        slack = (run.step_ms or 0) / 1000 if run.dialect == "upstream" and "hessians" not in run.spans else 0.0
+        longest = max(longest, used)
+        if used > cap + slack:
+            parts = ", ".join(f"{k} {run.spans[k]:.2f} s" for k in runs.TRAIN_SPANS if k in run.spans)
+            faults.append(f"{run.path.name}: {used:.2f} s of {cap:.0f} s ({parts})")
+    if not longest and not faults:
+        raise NotHere("the runs had no training budget")
+    return broken_if(faults, f"{longest:.2f} s at most, calibration included")
+
+
+@rule("B2", "evaluation")
+def evaluation(f: Folder) -> str:
+    faults, longest = [], 0.0
+    for run in f.need_logs():
+        cap, used = limit_of(f, run, "EVAL_WALLCLOCK_SECONDS"), run.eval_seconds
+        if cap is not None and used is None:
+            raise Undecided(f"{run.path.name} does not say how long evaluation took")
+        longest = max(longest, used or 0.0)
+        faults += [f"{run.path.name}: {used:.2f} s of {cap:.0f} s"] if cap is not None and used > cap else []
+    return broken_if(faults, f"{longest:.2f} s at most" + ("" if f.ours else ", as far as the logs count it"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# C: prediction
+# ----------------------------------------------------------------------------------------------------------------------
+@rule("C1-4", "ledger")
+def ledger(f: Folder) -> str:
+    """Every score carries its ledger's line, and that line covers every token once."""
+    finals(f)
+    if not f.ours:
+        raise Undecided("these logs keep no ledger: causality, normalisation and score-first need the code read")
+    faults = []
+    for run in f.logs:
+        for name, score in run.scores.items():
+            line = re.match(r"each of (\d+) tokens scored once", score.verdict or "")
+            if not line or "after its score" not in score.verdict or "full distribution" not in score.verdict:
+                faults.append(f"{run.path.name}: no ledger line for {name}")
+            elif int(line[1]) != run.validation.get("tokens"):
+                faults.append(f"{run.path.name}: {name} scored {line[1]} tokens, the validation set has {run.validation.get('tokens')}")
+    return broken_if(faults, "every pass: each token once, learned from only after its score, full distribution")
+
+
+@rule("C1-4", "verdict")
+def verdict(f: Folder) -> str:
+    if not f.ours:
+        raise Undecided("these logs give no verdict")
+    faults = [f"{r.path.name}: {'; '.join(r.failures) if r.failures else 'no verdict'}" for r in f.logs if r.failures != []]
+    return broken_if(faults, "every log ends with a legal verdict")
+
+
+@rule("D5", "disjoint")
+def disjoint(f: Folder) -> str:
+    raise Undecided("whether training text, tokenizer or tables saw validation text does not show in a folder")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# E: the metric
+# ----------------------------------------------------------------------------------------------------------------------
+def is_fineweb(validation: dict) -> bool:
+    """Whether this can be the contest's validation set: 50,000 documents and its number of bytes."""
+    return validation.get("documents") == 50_000 and FINEWEB_BYTES[0] <= validation.get("bytes", 0) <= FINEWEB_BYTES[1]
+
+
+@rule("E1", "bits-per-byte")
+def bits_per_byte(f: Folder) -> str:
+    """bpb follows from nats, tokens and bytes; where bytes are not logged, the ones implied are the contest's."""
+    faults, shown = [], set()
+    for run in finals(f):
+        tokens, size = run.validation.get("tokens"), run.validation.get("bytes")
+        if not tokens:
+            raise Undecided(f"{run.path.name} does not say how many tokens were scored")
+        for name, s in run.scores.items():
+            implied = s.loss / math.log(2) * tokens / s.bpb
+            shown.add(round(implied))
+            if size and abs(s.loss / math.log(2) * tokens / size - s.bpb) > 3e-7:
+                faults.append(f"{run.path.name}: {name} {s.bpb} does not follow from {s.loss}, {tokens} tokens and {size} bytes")
+            if not size and not FINEWEB_BYTES[0] <= implied <= FINEWEB_BYTES[1]:
+                faults.append(f"{run.path.name}: {name} implies {implied:,.0f} bytes; the set has 151.07 to 151.08 million")
+    return broken_if(faults, f"every score follows from its nats, over {min(shown):,} bytes")
+
+
+@rule("E2", "byte-count")
+def byte_count(f: Folder) -> str:
+    if not f.ours:
+        raise Undecided("these logs do not compare their byte table with decoded text")
+    missing = [r.path.name for r in f.logs if not re.search(r"^val_bpb:enabled .*byte table equals decoded UTF-8|^val_bpb:enabled .*sidecar",
+                                                           r.path.read_text(encoding="utf-8", errors="replace"), re.M)]
+    return broken_if([f"{n}: no comparison of the byte table with decoded text" for n in missing], "the byte table was proved at start-up")
+
+
+@rule("E4", "validation-set")
+def validation_set(f: Folder) -> str:
+    """One set for all seeds, the one that submission.json names, and for a record the contest's, whole."""
+    found = [r.validation for r in finals(f)]
+    if any("sha256" not in v for v in found):
+        raise Undecided("the logs give no fingerprint of the validation set")
+    faults = [f"the logs were scored on {len({v['sha256'] for v in found})} different sets"] if len({v["sha256"] for v in found}) > 1 else []
+    told = f.json.get("validation", {})
+    faults += [f"submission.json says {k} {told[k]}, the logs {found[0][k]}" for k in found[0] if k in told and told[k] != found[0][k]]
+    first = int(f.logs[0].config.get("VAL_DOCS") or 0)
+    if first and told.get("first_documents_only") != first:
+        faults.append(f"only the first {first} documents were scored, and submission.json does not say so")
+    if f.record and (first or not is_fineweb(found[0])):
+        faults.append(f"not the contest's whole set: {found[0]['documents']:,} documents, {found[0]['bytes']:,} bytes")
+    return broken_if(faults, f"{found[0]['documents']:,} documents, {found[0]['tokens']:,} tokens, sha256 {found[0]['sha256'][:12]}"
+                     + ("" if is_fineweb(found[0]) else " (not the contest's set)"))
+
+
+@rule("F1", "compliance")
+def compliance(f: Folder) -> str:
+    """What submission.json claims about itself is what the logs show."""
+    told = f.json.get("compliance")
+    if not isinstance(told, dict):
+        raise Undecided("submission.json makes no compliance claims")
+    found = f.need_logs()
+    real = {"train_under_600s": [r.train_seconds and r.train_seconds <= runs.BUDGET for r in found],
+            "eval_under_600s": [r.eval_seconds and r.eval_seconds <= runs.BUDGET for r in found],
+            "artifact_under_16mb": [r.total and r.total <= runs.CAP for r in found], "three_seeds": [len({r.seed for r in found}) >= 3]}
+    faults = [f"{k} is claimed, and the logs say otherwise" for k, v in real.items() if told.get(k) is True and False in v]
+    # a claim that a record itself denies
+    faults += [f"{k} is {v}" for k, v in told.items() if v is False and f.record]
+    return broken_if(faults, f"{sum(v is True for v in told.values())} claims, none against the logs")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Running them
+# ----------------------------------------------------------------------------------------------------------------------
+def check(path: Path) -> list[Outcome]:
+    """The outcome of every rule for one folder."""
+    folder, out = Folder(Path(path)), []
+    for id, name, function in RULES:
+        try:
+            status, text = "ok", function(folder)
+        except Broken as e:
+            status, text = "FAIL", str(e)
+        except Undecided as e:
+            status, text = "undecided", str(e)
+        except NotHere as e:
+            status, text = "n/a", str(e)
+        out.append(Outcome(id, name, status, text))
+    return sorted(out, key=lambda o: o.id)
+
+
+def show(path: Path, outcomes: list[Outcome]) -> str:
+    """One line a rule, and a last one that counts."""
+    counts = {s: sum(o.status == s for o in outcomes) for s in ("ok", "FAIL", "undecided", "n/a")}
+    rows = [f"{o.status:9} {o.id:5} {o.name:14} {o.text}" for o in outcomes]
+    return "\n".join([str(path), *rows, ", ".join(f"{n} {s}" for s, n in counts.items())])
+
+
+def main(args: list[str] | None = None) -> int:
+    """Command line; 0 if no rule is broken in any folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--json", action="store_true", help="outcomes as JSON")
+    parser.add_argument("--strict", action="store_true", help="undecided rules count as broken")
+    given = parser.parse_args(args)
+    missing = [f for f in given.folders if not f.is_dir()]
+    if missing:
+        print(f"check: {missing[0]} is no folder", file=sys.stderr)
+        return 2
+    found = {str(f): check(f) for f in given.folders}
+    if given.json:
+        print(json.dumps({f: [vars(o) for o in out] for f, out in found.items()}, indent=1))
+    else:
+        print("\n\n".join(show(Path(f), out) for f, out in found.items()))
+    bad = {"FAIL", "undecided"} if given.strict else {"FAIL"}
+    return int(any(o.status in bad for out in found.values() for o in out))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
