@@ -1,0 +1,138 @@
+"""Reversible and lossy changes of text before the tokenizer, and of token pairs behind it: a small registry.
+
+`caseops` writes capitals as an operator in front of lower-case letters, so that a vocabulary does not hold every word twice
+(idea: PR #1729). It undoes exactly, so bits per byte of the original text can be counted, with a byte sidecar. `casefold`
+throws capitals away (PR #1578): what is scored then is another, easier text, so whatever is made with it is marked lossy.
+Pair aliasing (PR #2109) gives a frequent pair of tokens, [space, operator], one id of its own.
+"""
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+# Private-use characters: no text that is meant for others holds them, and no normalisation changes them.
+TITLE, UPPER, CAP, ESC = "\ue001", "\ue002", "\ue003", "\ue004"
+OPERATORS = {"TITLE": TITLE, "UPPER": UPPER, "CAP": CAP, "ESC": ESC}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# caseops
+# ---------------------------------------------------------------------------------------------------------------------
+def case_pairs() -> dict[str, str]:
+    """capital -> small letter, where that is undone by one letter and changes no byte count.
+
+    Only letters of Unicode 3.2: Python carries that version for ever, and pairs are never taken back, so every Python gives
+    the same table (a newer letter would make the same text other shards after an update). Left out, and so kept as they stand:
+    letters whose capital is several letters, has another UTF-8 length, or is changed by NFKC.
+    """
+    old, pairs = unicodedata.ucd_3_2_0, {}
+    for code in range(0x10450):  # the last letters of Unicode 3.2 with case
+        upper = chr(code)
+        lower = upper.lower()
+        if upper == lower or len(lower) != 1 or lower.upper() != upper or 0xD800 <= code < 0xE000:
+            continue
+        known = all(old.category(c) != "Cn" and unicodedata.normalize("NFKC", c) == c for c in (upper, lower))
+        if known and len(upper.encode()) == len(lower.encode()):
+            pairs[upper] = lower
+    return pairs
+
+
+SMALL = case_pairs()
+CAPITAL = {lower: upper for upper, lower in SMALL.items()}
+TO_SMALL, TO_CAPITAL = str.maketrans(SMALL), str.maketrans(CAPITAL)
+_U, _L, _OPS = "".join(SMALL), "".join(CAPITAL), "".join(OPERATORS.values())
+_ENCODE = re.compile(f"(?P<inside>(?<=[{_L}]))?(?P<word>[{_U}][{_U}{_L}]*)|[{_OPS}]")  # a run from its first capital on
+_DECODE = re.compile(f"{ESC}(?P<literal>[{_OPS}])|{UPPER}(?P<run>[{_L}]+)|[{TITLE}{CAP}](?P<one>[{_L}])|[{_OPS}]")
+
+
+def _encode_match(match: re.Match) -> str:
+    """The small letters of a run, with what brings its capitals back."""
+    word, small = match["word"], match[0].translate(TO_SMALL)
+    if word is None:
+        return ESC + match[0]  # a character of the text that looks like an operator
+    if match["inside"] is None and word[1:] == small[1:]:
+        return TITLE + small
+    if match["inside"] is None and not any(c in CAPITAL for c in word):
+        return UPPER + small
+    return "".join(CAP + s if s != c else c for c, s in zip(word, small))
+
+
+def caseops_encode(text: str) -> str:
+    """Text without the capitals of `case_pairs`: "The NATO iPhone" -> TITLE "the " UPPER "nato i" CAP "phone"."""
+    return _ENCODE.sub(_encode_match, text)
+
+
+def caseops_keep(text: str) -> str:
+    """Capitals as they are, only characters that look like operators are marked; `caseops_decode` undoes this, too."""
+    return re.sub(f"[{_OPS}]", lambda m: ESC + m[0], text)
+
+
+def caseops_decode(text: str) -> str:
+    """The inverse of `caseops_encode`, for any text; operators that operate on nothing (a model wrote them) vanish."""
+    return _DECODE.sub(lambda m: m["literal"] or (m["run"] or m["one"] or "").translate(TO_CAPITAL), text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Registry
+# ---------------------------------------------------------------------------------------------------------------------
+class Transform(NamedTuple):
+    """encode: text -> text that the tokenizer sees; decode: back, None where nothing leads back (lossy).
+
+    operators: characters that stand for no text; a tokenizer needs a piece for each. keep: a second spelling that decodes alike
+    and changes as little as can be, for words that normalisation would spoil in the first (a capital H with a line below is two
+    characters, the small one is composed to a letter without a capital). All functions work word by word: what they do to
+    text between two spaces does not depend on what stands outside.
+    """
+    name: str
+    encode: Callable[[str], str]
+    decode: Callable[[str], str] | None
+    operators: tuple[str, ...] = ()
+    keep: Callable[[str], str] = str
+
+    @property
+    def lossy(self) -> bool:
+        return self.decode is None
+
+
+REGISTRY = {t.name: t for t in (
+    Transform("none", str, str),
+    Transform("casefold", str.lower, None),
+    Transform("caseops", caseops_encode, caseops_decode, tuple(OPERATORS.values()), caseops_keep),
+)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pair aliasing
+# ---------------------------------------------------------------------------------------------------------------------
+UNUSED_BYTES = (0xC0, 0xC1, *range(0xF5, 0x100))  # never part of UTF-8, so a tokenizer's pieces for them are never used
+
+
+class Aliases:
+    """Pairs of token ids, each with one id that stands for both: exact, because that id never occurs by itself."""
+
+    def __init__(self, pairs: dict[tuple[int, int], int]):
+        if {t for pair in pairs for t in pair} & set(pairs.values()) or len(set(pairs.values())) < len(pairs):
+            raise ValueError(f"aliases {pairs}: an alias must be a free id")
+        self.pairs = pairs
+        self.back = {alias: pair for pair, alias in pairs.items()}
+
+    def encode(self, ids: list[int]) -> list[int]:
+        """ids with every pair replaced, from left to right; ValueError if an alias stands there already."""
+        if not self.back.keys().isdisjoint(ids):
+            raise ValueError("a token that is kept free for a pair occurs by itself")
+        out: list[int] = []
+        for token in ids:
+            alias = self.pairs.get((out[-1], token)) if out else None
+            if alias is None:
+                out.append(token)
+            else:
+                out[-1] = alias
+        return out
+
+    def decode(self, ids: list[int] | np.ndarray) -> list[int]:
+        """The pairs again."""
+        return [t for i in ids for t in self.back.get(int(i), (int(i),))]

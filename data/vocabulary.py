@@ -1,0 +1,287 @@
+"""Tokenizers: training one with the contest's settings, counting the bytes of its tokens, and coding documents fast.
+
+A `Coder` gives exactly the tokens of SentencePiece's own `encode`, several times faster: no piece of a BPE model of the contest
+crosses a space, so every word has the same tokens wherever it stands, and words come again. What is not of that kind (pieces
+across spaces, unigram models) goes through SentencePiece as a whole.
+"""
+from __future__ import annotations
+
+import io
+import re
+import struct
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import sentencepiece as spm
+from shards import BOS
+from transforms import CAP, ESC, REGISTRY, TITLE, UNUSED_BYTES, UPPER, Aliases
+
+SPACE = "\u2581"  # how SentencePiece writes a space
+SENTENCE_CHARS = 1_000  # the SentencePiece trainer silently drops sentences over 4,192 bytes
+WORD_CHARS = 1 << 16  # longer words are tokenized in parts: SentencePiece needs about 100 bytes of memory a character
+CACHED_CHARS = 32  # longer words hardly ever come again
+CACHED_WORDS = 300_000  # about 60 MB; emptied when full
+BOS_BYTES = array("H", [BOS]).tobytes()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Making tokenizers
+# ---------------------------------------------------------------------------------------------------------------------
+def sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Pieces of at most SENTENCE_CHARS characters, cut at white space, for the tokenizer's trainer."""
+    for text in texts:
+        folded = " ".join(text.split())
+        yield from (match[0] for match in re.finditer(rf"\S.{{0,{SENTENCE_CHARS - 1}}}(?:(?=\s)|$)|\S+", folded))
+
+
+def train(texts: Iterable[str], vocab_size: int, operators: tuple[str, ...] = ()) -> bytes:
+    """A SentencePiece BPE model file with the settings of the contest; every operator gets a piece of its own.
+
+    ValueError if the text does not give vocab_size pieces. The thread count is fixed and the model is written to memory:
+    neither machine load nor a path gets into the bytes.
+    """
+    model = io.BytesIO()
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=sentences(texts),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        character_coverage=0.999,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="nmt_nfkc",
+        add_dummy_prefix=False,
+        pad_id=0,
+        bos_id=BOS,
+        eos_id=2,
+        unk_id=3,
+        hard_vocab_limit=False,
+        num_threads=4,
+        minloglevel=2,
+        **({"user_defined_symbols": list(operators)} if operators else {}),
+    )
+    got = spm.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
+    if got != vocab_size:
+        raise ValueError(f"the text gives only {got} pieces, {vocab_size} asked: use a smaller vocabulary")
+    return model.getvalue()
+
+
+def varint(value: int) -> bytes:
+    """Protocol buffers' base-128 integer."""
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + varint(value >> 7)
+
+
+def field(number: int, value: int | float | bytes) -> bytes:
+    """One field of a protocol buffer: bytes, float32 or integer."""
+    kind = 2 if isinstance(value, bytes) else 5 if isinstance(value, float) else 0
+    body = {2: lambda: varint(len(value)) + value, 5: lambda: struct.pack("<f", value), 0: lambda: varint(value)}[kind]()
+    return varint(number << 3 | kind) + body
+
+
+def byte_model() -> bytes:
+    """A SentencePiece model of 260 pieces that maps every byte to its value + 4 and changes no text at all (`byte260`).
+
+    No trainer makes one: it would need a piece for the space, and fold white space. Field numbers are those of
+    sentencepiece_model.proto: piece 1 {text 1, score 2, type 3}, trainer 2, normalizer 3.
+    """
+    special = [("<pad>", 3), ("<s>", 3), ("</s>", 3), ("<unk>", 2)]
+    pieces = special + [(f"<0x{i:02X}>", 6) for i in range(256)]
+    body = b"".join(field(1, field(1, text.encode()) + field(2, 0.0) + field(3, kind)) for text, kind in pieces)
+    trainer = {3: 2, 4: len(pieces), 35: 1, 40: 3, 41: BOS, 42: 2, 43: 0}  # BPE, size, byte fallback, ids
+    keep = {3: 0, 4: 0, 5: 0}  # no dummy prefix, no folding, spaces as they are
+    settings = (b"".join(field(k, v) for k, v in spec.items()) for spec in (trainer, keep))
+    return body + field(2, next(settings)) + field(3, field(1, b"identity") + next(settings))
+
+
+def read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """(value, place behind it)."""
+    value = shift = 0
+    while True:
+        value |= (data[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+        if data[at - 1] < 128:
+            return value, at
+
+
+def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(number, value) of a protocol buffer's fields; fixed-width ones as bytes."""
+    at = 0
+    while at < len(data):
+        tag, at = read_varint(data, at)
+        if tag & 7 == 0:
+            value, at = read_varint(data, at)
+        else:
+            size, at = read_varint(data, at) if tag & 7 == 2 else ({1: 8, 5: 4}[tag & 7], at)
+            value, at = data[at:at + size], at + size
+        yield tag >> 3, value
+
+
+def is_bpe(model: bytes) -> bool:
+    """True for a BPE model: trainer_spec (2) holds model_type (3) = 2."""
+    return any(dict(fields(value)).get(3) == 2 for number, value in fields(model) if number == 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counting bytes
+# ---------------------------------------------------------------------------------------------------------------------
+class ByteTable:
+    """UTF-8 bytes of the text that each token stands for: the contest's table rule, and zero for operators."""
+
+    def __init__(self, sp: spm.SentencePieceProcessor, operators: tuple[str, ...] = ()):
+        size = sp.vocab_size()
+        self.base, self.space, self.edge = np.zeros(size, np.uint16), np.zeros(size, bool), np.zeros(size, bool)
+        for i in range(size):
+            if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
+                self.edge[i] = True  # no text of its own, and the decoder drops a space behind it
+            elif sp.is_byte(i):
+                self.base[i] = 1
+            elif (piece := sp.id_to_piece(i)) not in operators:
+                self.space[i] = piece.startswith(SPACE)
+                self.base[i] = len(piece.removeprefix(SPACE).replace(SPACE, " ").encode())
+        self.operators = np.isin(np.arange(size), [sp.piece_to_id(o) for o in operators])
+        self.escape = sp.piece_to_id(ESC) if ESC in operators else -1
+
+    def sizes(self, tokens: np.ndarray, before: int = BOS) -> np.ndarray:
+        """Bytes of each token [N] -> [N] uint16; `before` is the token in front of the first."""
+        previous = np.concatenate([np.array([before], tokens.dtype), tokens[:-1]])
+        sizes = self.base[tokens] + (self.space[tokens] & ~self.edge[previous])
+        behind = previous == self.escape
+        if self.escape >= 0 and behind.any():
+            sizes[literals(behind)] = len(ESC.encode())  # characters of the text that look like operators
+        return sizes.astype(np.uint16)
+
+
+def literals(behind: np.ndarray) -> np.ndarray:
+    """[N] bool -> places behind an escape that is no literal itself: escapes in a row take turns. There are next to none."""
+    literal = np.zeros(len(behind), bool)
+    for i in np.flatnonzero(behind):
+        literal[i] = not (i and literal[i - 1])
+    return literal
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Coding documents
+# ---------------------------------------------------------------------------------------------------------------------
+class Unstable(ValueError):
+    """A word that the tokenizer's normalisation changes once more."""
+
+
+class Words(dict):
+    """word -> its tokens as uint16 in memory, made where they are missing; `lead`: what stands in front of the word."""
+
+    def __init__(self, make: Callable[[str, str], bytes], lead: str):
+        super().__init__()
+        self.make, self.lead = make, lead
+
+    def __missing__(self, word: str) -> bytes:
+        tokens = self.make(word, self.lead)
+        if len(word) <= CACHED_CHARS:
+            if len(self) >= CACHED_WORDS:
+                self.clear()
+            self[word] = tokens
+        return tokens
+
+
+class Coder:
+    """Documents to tokens and back, for one tokenizer, one transform and perhaps pair aliases. ValueError if they do not fit."""
+
+    def __init__(self, model: bytes, transform: str = "none", pairs: bool = False):
+        self.sp = spm.SentencePieceProcessor(model_proto=model)
+        self.transform = REGISTRY[transform]
+        self.pieces = [self.sp.id_to_piece(i) for i in range(self.sp.vocab_size())]
+        self.check_fit()
+        self.table = ByteTable(self.sp, self.transform.operators)
+        self.aliases = self.find_aliases() if pairs else Aliases({})
+        self.byte_zero = self.find_bytes()
+        self.by_words = self.words_are_independent(model)
+        self.front = self.sp.encode("a")  # some text for a word to stand behind
+        self.first, self.later = Words(self.word_tokens, ""), Words(self.word_tokens, "a ")
+
+    def check_fit(self) -> None:
+        """ValueError if shards cannot hold the tokenizer's ids, or it lacks pieces for the transform."""
+        if self.sp.bos_id() != BOS or len(self.pieces) > 2**16:
+            raise ValueError(f"tokenizer: BOS must be {BOS} and at most 65,536 pieces; it has BOS {self.sp.bos_id()} and "
+                             f"{len(self.pieces)} pieces")
+        for operator in self.transform.operators:
+            if operator not in self.pieces:
+                raise ValueError(f"tokenizer: no piece for U+{ord(operator):04X}; train one with --transform {self.transform.name}")
+
+    def find_aliases(self) -> Aliases:
+        """[space, operator] for each operator that makes capitals, on ids of bytes that UTF-8 never holds."""
+        free = [f"<0x{byte:02X}>" for byte in UNUSED_BYTES]
+        if not self.transform.operators or not {SPACE, *free} <= set(self.pieces):
+            raise ValueError("pair aliases need a transform with operators and a tokenizer with byte pieces")
+        space, *ids = map(self.pieces.index, (SPACE, TITLE, UPPER, CAP))
+        return Aliases({(space, operator): self.pieces.index(alias) for operator, alias in zip(ids, free)})
+
+    def find_bytes(self) -> int | None:
+        """The id of byte 0 if the tokenizer consists of the 256 bytes in a row and control pieces."""
+        zero = self.pieces.index("<0x00>") if "<0x00>" in self.pieces else len(self.pieces)
+        text = [i for i in range(len(self.pieces)) if not self.table.edge[i]]
+        return zero if self.pieces[zero:zero + 256] == [f"<0x{i:02X}>" for i in range(256)] and len(text) == 256 else None
+
+    def words_are_independent(self, model: bytes) -> bool:
+        """True if a text's tokens are those of its words side by side: BPE, folded spaces, no piece across a space."""
+        folds = self.sp.normalize(f" a  b{SPACE}{SPACE}c ") == f"a{SPACE}b{SPACE}c"
+        return folds and is_bpe(model) and not any(SPACE in piece[1:] for piece in self.pieces)
+
+    def word_tokens(self, word: str, lead: str) -> bytes:
+        """Tokens of a word (with the space in front of it, behind a lead) as uint16 in memory. Unstable: no spelling survives."""
+        for spell in (self.transform.encode, self.transform.keep):
+            text = lead + spell(word)
+            parts = (text[i:i + WORD_CHARS] for i in range(0, len(text), WORD_CHARS))
+            ids = [token for part in parts for token in self.sp.encode(part)]
+            if self.transform.lossy or word.isascii() or self.decode(ids) == lead + word:  # ASCII has one normal form
+                ids = ids[len(self.front):] if lead else ids
+                return array("H", self.aliases.encode(ids) if self.aliases.pairs else ids).tobytes()
+        raise Unstable(f"{word[:60]!r}")
+
+    def agrees(self, text: str, tokens: np.ndarray) -> bool:
+        """True if SentencePiece makes the same tokens [n] of the text as a whole; of long and transformed ones it is not asked."""
+        return self.transform.name != "none" or len(text) > WORD_CHARS or [BOS, *self.sp.encode(text)] == tokens.tolist()
+
+    def decode(self, ids: list[int] | np.ndarray) -> str:
+        """The text that tokens stand for, transform undone where it can be; BOS and other control pieces have none."""
+        text = self.sp.decode(self.aliases.decode(ids))
+        return text if self.transform.lossy else self.transform.decode(text)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Tokens [n] uint16 of a document, BOS first; none at all for a text of which normalisation leaves nothing.
+
+        ValueError if the tokens stand for another number of bytes than the normalised text has.
+        """
+        norm = self.sp.normalize(text)
+        if not norm:
+            return np.zeros(0, np.uint16)
+        tokens, norm = self.tokens_of(text, norm)
+        want = len(norm.encode()) - 2 * norm.count(SPACE) * (self.byte_zero is None)  # SPACE has 3 bytes, a space 1
+        if not self.transform.lossy and (got := int(self.table.sizes(tokens).sum(dtype=np.int64))) != want:
+            raise ValueError(f"{want} bytes of text, but tokens for {got}: the tokenizer cannot write all of {text[:60]!r}")
+        return tokens
+
+    def tokens_of(self, text: str, norm: str) -> tuple[np.ndarray, str]:
+        """(tokens, the normalised text that they stand for)."""
+        if self.byte_zero is not None:
+            data = self.transform.encode(norm).encode()
+            return np.concatenate([[BOS], np.frombuffer(data, np.uint8) + np.uint16(self.byte_zero)]).astype(np.uint16), norm
+        if not self.by_words:
+            return self.whole(text, norm)
+        first, *later = norm.split(SPACE)
+        try:
+            data = b"".join([BOS_BYTES, self.first[first], *map(self.later.__getitem__, later)])
+        except Unstable:
+            return self.whole(text, norm)
+        return np.frombuffer(data, np.uint16), norm
+
+    def whole(self, text: str, norm: str) -> tuple[np.ndarray, str]:
+        """`tokens_of` without words: SentencePiece on the whole text, which needs memory in proportion to its length."""
+        if self.transform.name == "none":
+            return np.array([BOS, *self.sp.encode(text)], np.uint16), norm
+        for _ in range(4):  # until normalisation changes nothing
+            norm = self.sp.normalize(norm.replace(SPACE, " "))
+        for spell in (self.transform.encode, self.transform.keep):
+            ids = self.sp.encode(spell(norm.replace(SPACE, " ")))
+            if self.transform.lossy or self.decode(ids) == norm.replace(SPACE, " "):
+                return np.array([BOS, *self.aliases.encode(ids)], np.uint16), norm
+        raise ValueError(f"no spelling of {text[:60]!r} survives the tokenizer's normalisation")
