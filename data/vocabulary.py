@@ -22,6 +22,7 @@ SENTENCE_CHARS = 1_000  # the SentencePiece trainer silently drops sentences ove
 WORD_CHARS = 1 << 16  # longer words are tokenized in parts: SentencePiece needs about 100 bytes of memory a character
 CACHED_CHARS = 32  # longer words hardly ever come again
 CACHED_WORDS = 300_000  # about 60 MB; emptied when full
+RUNS = re.compile(r"[^\W\d_]+|[\W\d_]+")  # letters, and what stands between them
 BOS_BYTES = array("H", [BOS]).tobytes()
 
 
@@ -195,6 +196,8 @@ class Coder:
         self.aliases = self.find_aliases() if pairs else Aliases({})
         self.byte_zero = self.find_bytes()
         self.by_words = self.words_are_independent(model)
+        self.by_runs = not any(len(RUNS.findall(piece.removeprefix(SPACE))) > 1 for i, piece in enumerate(self.pieces)
+                               if not (self.table.edge[i] or self.sp.is_byte(i)))
         self.front = self.sp.encode("a")  # some text for a word to stand behind
         self.first, self.later = Words(self.word_tokens, ""), Words(self.word_tokens, "a ")
 
@@ -228,14 +231,21 @@ class Coder:
 
     def word_tokens(self, word: str, lead: str) -> bytes:
         """Tokens of a word (with the space in front of it, behind a lead) as uint16 in memory. Unstable: no spelling survives."""
+        parts = RUNS.findall(word) if self.by_runs else ()
+        if len(parts) > 1:  # "word," is a new word, but "word" is not
+            head = self.later if lead else self.first
+            return b"".join([head[parts[0]], *map(self.first.__getitem__, parts[1:])])
         for spell in (self.transform.encode, self.transform.keep):
             text = lead + spell(word)
-            parts = (text[i:i + WORD_CHARS] for i in range(0, len(text), WORD_CHARS))
-            ids = [token for part in parts for token in self.sp.encode(part)]
+            ids = self.sp.encode(text) if len(text) < WORD_CHARS else self.long_word(text)
             if self.transform.lossy or word.isascii() or self.decode(ids) == lead + word:  # ASCII has one normal form
                 ids = ids[len(self.front):] if lead else ids
                 return array("H", self.aliases.encode(ids) if self.aliases.pairs else ids).tobytes()
         raise Unstable(f"{word[:60]!r}")
+
+    def long_word(self, text: str) -> list[int]:
+        """Token ids of a text without spaces, WORD_CHARS characters at a time."""
+        return [token for i in range(0, len(text), WORD_CHARS) for token in self.sp.encode(text[i:i + WORD_CHARS])]
 
     def agrees(self, text: str, tokens: np.ndarray) -> bool:
         """True if SentencePiece makes the same tokens [n] of the text as a whole; of long and transformed ones it is not asked."""
