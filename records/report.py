@@ -1,0 +1,397 @@
+"""Pictures of runs: loss curves, what each step after training costs or gains, bytes, schedules, sweeps.
+
+    python records/report.py logs/a logs/b ... [--out report]        runs, globs, record folders
+    python records/report.py sweeps/gates                            a sweep: its runs and its forest plot
+
+Writes curves.png, waterfall.png, bytes.png, schedules.png (and sweep.png) and index.html, one page with the pictures and a
+table inside it, which needs no other file. Runs of one recipe share a colour and a name; seeds are single lines.
+"""
+import argparse
+import base64
+import html
+import importlib.util
+import io
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed, nor touched
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+import runs
+
+ROOT = Path(__file__).resolve().parents[1]
+# Okabe and Ito's colours, which most colour-blind readers can tell apart; the last ones only for many parts
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555", "#B8A000", "#8C6BB1", "#A6611A")
+GAIN, LOSS, REST = "#009E73", "#D55E00", "#9AA5B1"
+STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888", "axes.grid": True,
+         "grid.color": "#E6E6E6", "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.titlesize": 11, "axes.titlelocation": "left",
+         "legend.frameon": False, "figure.facecolor": "white", "axes.labelcolor": "#333333", "xtick.color": "#555555",
+         "ytick.color": "#555555", "figure.constrained_layout.use": True}
+STAGES = (("raw", "raw"), ("pre-quantization post-ema", "averaged"), ("full", "quantised"), ("sliding", "sliding\nwindow"),
+          ("ttt", "test-time\ntraining"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Groups
+# ----------------------------------------------------------------------------------------------------------------------
+def group(found: list[runs.Run]) -> dict[str, list[runs.Run]]:
+    """Runs by recipe, under the name that their files share; foreign logs, which have none, by folder."""
+    by_recipe: dict[str, list] = {}
+    for run in found:
+        by_recipe.setdefault(run.recipe or str(run.path.resolve().parent), []).append(run)
+    named: dict[str, list] = {}
+    for recipe, members in by_recipe.items():
+        name = common_name(members)
+        while name in named:  # two recipes under one name are not one
+            name += f" ({recipe[:6]})"
+        named[name] = members
+    return named
+
+
+def common_name(members: list[runs.Run]) -> str:
+    """What the runs' ids begin with, without what marks a seed; a record's logs go by their folder."""
+    stems = [r.path.stem for r in members]
+    if all(s.startswith("train") for s in stems):
+        return members[0].path.resolve().parent.name
+    shared = os.path.commonprefix(stems) if len(stems) > 1 else stems[0].rsplit(".s", 1)[0]
+    return shared.removesuffix(".s").rstrip("._-") or stems[0]
+
+
+def colours(groups: dict) -> dict[str, str]:
+    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(groups)}
+
+
+def figure(width: float, height: float, **grid):
+    """A figure in the house's style."""
+    with plt.rc_context(STYLE):
+        return plt.subplots(figsize=(width, height), squeeze=False, **grid)
+
+
+def save(fig: Figure, path: Path) -> Path:
+    """Write a PNG and forget the figure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(STYLE):
+        fig.savefig(path, dpi=130)
+    plt.close(fig)
+    return path
+
+
+def note(ax, text: str) -> None:
+    ax.text(0.5, 0.5, text, ha="center", va="center", transform=ax.transAxes, color="#777777")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loss curves
+# ----------------------------------------------------------------------------------------------------------------------
+def curves(groups: dict[str, list[runs.Run]]) -> Figure:
+    """Training loss over steps, tokens and seconds on the training clock; validations during training as dots."""
+    fig, axes = figure(12, 4.2, ncols=3, sharey=True)
+    units = (("steps", lambda r, p: p.step), ("million tokens", lambda r, p: p.step * r.batch / 1e6),
+             ("seconds of training", lambda r, p: p.seconds))
+    for ax, (unit, x) in zip(axes[0], units):
+        for name, colour in colours(groups).items():
+            for i, run in enumerate(groups[name]):
+                ax.plot([x(run, p) for p in run.train], [p.loss for p in run.train], color=colour, lw=1.3,
+                        alpha=0.9 if len(groups[name]) == 1 else 0.6, label=name if not i else None)
+        ax.set_xlabel(unit), ax.set_xlim(left=0)
+    for name, colour in colours(groups).items():
+        for run in groups[name]:
+            axes[0, 0].plot([s for s, *_ in run.checks], [loss for _, loss, _ in run.checks], "o", ms=4, color=colour)
+    axes[0, 0].set_ylabel("training loss (nats a token)")
+    low, high = loss_limits([r for members in groups.values() for r in members])
+    axes[0, 0].set_ylim(low, high)
+    legend(fig, axes[0, 0], len(groups))
+    return fig
+
+
+def loss_limits(found: list[runs.Run]) -> tuple[float, float]:
+    """Axis from just under the lowest loss to where the curves are after a tenth of the run: the first fall says little."""
+    losses = [p.loss for r in found for p in r.train]
+    later = [p.loss for r in found for p in r.train if r.train and p.step >= 0.1 * r.train[-1].step]
+    if not losses:
+        return 0.0, 1.0
+    room = 0.05 * (max(later) - min(losses)) or 0.1
+    return min(losses) - room, max(later) + room
+
+
+def legend(fig: Figure, ax, count: int) -> None:
+    """One legend for all panels, under them, so that it hides no curve."""
+    handles, labels = ax.get_legend_handles_labels()
+    if handles:
+        fig.legend(handles, labels, loc="outside lower center", ncols=min(count, 4))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Waterfall
+# ----------------------------------------------------------------------------------------------------------------------
+def stage_scores(run: runs.Run) -> dict[str, float]:
+    """Stage -> bpb, in the order of STAGES; stages that the run did not have are left out."""
+    known = {**run.diagnostics, **run.scores}
+    return {label: known[key].bpb for key, label in STAGES if key in known}
+
+
+def waterfall(groups: dict[str, list[runs.Run]], most: int = 6) -> Figure:
+    """bpb from raw weights to the final score, a panel a recipe: bars are means over seeds, dots are seeds."""
+    shown = {n: g for n, g in groups.items() if any(stage_scores(r) for r in g)}
+    names = list(shown)[:most]
+    columns = min(3, max(1, len(names)))
+    rows = max(1, -(-len(names) // columns))
+    fig, axes = figure(max(6.5, 4.4 * columns), 3.8 * rows, ncols=columns, nrows=rows, sharey=True)
+    for ax in axes.flat[len(names):]:
+        ax.set_axis_off()
+    for ax, name in zip(axes.flat, names):
+        draw_waterfall(ax, [stage_scores(r) for r in shown[name]])
+        ax.set_title(f"{name} (n = {len(shown[name])})")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("bits per byte")
+    if not names:
+        note(axes[0, 0], "no run has scores yet")
+    elif len(shown) > most:
+        fig.suptitle(f"the first {most} of {len(shown)} recipes", fontsize=9, color="#777777")
+    return fig
+
+
+def draw_waterfall(ax, seeds: list[dict[str, float]]) -> None:
+    """Floating bars between the means of neighbouring stages, each with its difference."""
+    labels = [label for _, label in STAGES if all(label in s for s in seeds)]
+    means = [runs.mean(s[label] for s in seeds) for label in labels]
+    values = [s[label] for s in seeds for label in labels]
+    room = 0.12 * (max(values) - min(values)) or 0.01
+    low, high = ax.get_ylim() if ax.get_ylim() != (0.0, 1.0) else (min(values), max(values))
+    low, high = min(low, min(values) - room), max(high, max(values) + 1.6 * room)
+    for i, value in enumerate(means):
+        before = means[i - 1] if i else None
+        bottom, height = (low, value - low) if before is None else (min(before, value), abs(value - before))
+        colour = REST if before is None else GAIN if value < before else LOSS
+        ax.bar(i, height, 0.62, bottom=bottom, color=colour, alpha=0.85)
+        text = f"{value:.4f}" if before is None else f"{value - before:+.4f}"
+        ax.annotate(text, (i, max(value, before or value)), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=9)
+        if i + 1 < len(means):
+            ax.plot([i + 0.31, i + 0.69], [value, value], color="#888888", lw=0.8)
+    for seed in seeds:
+        ax.plot(range(len(labels)), [seed[label] for label in labels], "o", ms=3, color="#333333", alpha=0.7)
+    ax.annotate(f"{means[-1]:.4f}", (len(means) - 1, min(means[-1], means[-2] if len(means) > 1 else means[-1])), xytext=(0, -13),
+                textcoords="offset points", ha="center", fontsize=9, fontweight="bold")
+    ax.set_xticks(range(len(labels)), labels, fontsize=8.5), ax.set_ylim(low - room, high), ax.grid(False, axis="x")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bytes
+# ----------------------------------------------------------------------------------------------------------------------
+def sizes(groups: dict[str, list[runs.Run]]) -> Figure:
+    """Bytes by part, a stacked bar for the largest run of each recipe, with the cap where it is near."""
+    largest = {n: max((r for r in g if r.parts), key=lambda r: r.total, default=None) for n, g in groups.items()}
+    largest = {n: r for n, r in largest.items() if r is not None}
+    fig, axes = figure(11, 1.9 + 0.5 * max(1, len(largest)))
+    ax = axes[0, 0]
+    totals: dict[str, int] = {}
+    for run in largest.values():
+        for part, size in run.parts.items():
+            totals[part] = totals.get(part, 0) + size
+    order = sorted(totals, key=totals.get, reverse=True)
+    peak = max((sum(r.parts.values()) for r in largest.values()), default=1)
+    unit, word = (1e6, "MB") if peak >= 1e6 else (1e3, "kB")
+    for y, run in enumerate(largest.values()):
+        stack(ax, y, run.parts, order, unit, peak)
+    for i, part in enumerate(order):
+        ax.barh(0, 0, color=part_colour(i), label=part)
+    ax.set_yticks(range(len(largest)), largest), ax.invert_yaxis(), ax.grid(False, axis="y")
+    if peak > 0.7 * runs.CAP:
+        ax.axvline(runs.CAP / unit, color="#333333", lw=1, ls="--")
+        ax.annotate(f"cap {runs.CAP / unit:g}", (runs.CAP / unit, 1), xycoords=("data", "axes fraction"), xytext=(-4, 3),
+                    textcoords="offset points", fontsize=8.5, ha="right", color="#333333")
+    ax.set_xlim(0, max(peak, runs.CAP if peak > 0.7 * runs.CAP else 0) / unit * 1.02)
+    ax.set_xlabel(f"{word} of packed code and model") if largest else note(ax, "no run has been packed yet")
+    legend(fig, ax, 5)
+    return fig
+
+
+def part_colour(i: int) -> str:
+    return COLOURS[i % len(COLOURS)]
+
+
+def stack(ax, y: int, parts: dict, order: list, unit: float, peak: int) -> None:
+    """One run's bar; a part's bytes stand in it where there is room."""
+    left = 0
+    for i, part in enumerate(order):
+        size = parts.get(part, 0)
+        ax.barh(y, size / unit, 0.66, left=left / unit, color=part_colour(i), edgecolor="white", lw=0.6)
+        if size > 0.055 * peak:
+            ax.text((left + size / 2) / unit, y, f"{size / unit:.2f}", ha="center", va="center", color="white", fontsize=8.5)
+        left += size
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedules
+# ----------------------------------------------------------------------------------------------------------------------
+def load_program(path: Path):
+    """train_gpt.py as a module; None where torch is not installed. Its schedules are asked, not written a second time."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    if "train_gpt" in sys.modules:
+        return sys.modules["train_gpt"]
+    spec = importlib.util.spec_from_file_location("train_gpt", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_gpt"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def schedules(groups: dict[str, list[runs.Run]], program) -> Figure:
+    """Learning rate, momentum and recurrence over progress, as the program computes them from each run's config."""
+    fig, axes = figure(12, 3.6, ncols=3)
+    panels = (("learning rate, times its base", "lr"), ("Muon's momentum", "momentum"), ("passes over the loop", "looping"))
+    steps = [i / 400 for i in range(401)]
+    widths = {name: 3.4 - 0.7 * min(i, 3) for i, name in enumerate(groups)}  # equal curves stay visible under each other
+    for name, colour in colours(groups).items():
+        run = groups[name][0]
+        config = SimpleNamespace(**{k.lower(): v for k, v in run.config.items()})
+        values = [program.Schedules(config).at(p) for p in steps]
+        for ax, (_, what) in zip(axes[0], panels):
+            scale = 1 + config.num_loops if what == "looping" else 1
+            y = [1 + v.looping * (scale - 1) if what == "looping" else getattr(v, what) for v in values]
+            ax.plot(steps, y, color=colour, lw=widths[name], label=name)
+    for ax, (title, _) in zip(axes[0], panels):
+        ax.set_title(title), ax.set_xlabel("progress"), ax.set_xlim(0, 1)
+    axes[0, 0].set_ylim(bottom=0)
+    axes[0, 2].yaxis.get_major_locator().set_params(integer=True)
+    legend(fig, axes[0, 0], len(groups))
+    return fig
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sweeps
+# ----------------------------------------------------------------------------------------------------------------------
+def forest(rows: list, title: str) -> Figure:
+    """Paired differences to the control with intervals; best at the top, filled where zero is left out."""
+    def pair(row):
+        return row.paired or {}
+
+    shown = sorted((r for r in rows if r.paired), key=lambda r: pair(r)["mean"])
+    fig, axes = figure(8.5, 1.7 + 0.42 * max(1, len(shown)))
+    ax = axes[0, 0]
+    ax.axvline(0, color="#333333", lw=1)
+    for y, row in enumerate(shown):
+        p = pair(row)
+        decided = p["low"] is not None and (p["low"] > 0 or p["high"] < 0)
+        colour = REST if not decided else GAIN if p["mean"] < 0 else LOSS
+        if p["low"] is not None:
+            ax.plot([p["low"], p["high"]], [y, y], color=colour, lw=2.2, solid_capstyle="butt")
+        ax.plot(p["mean"], y, "s", ms=7, color=colour)
+        ax.annotate(f"{p['mean']:+.4f}  n = {p['n']}", (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+    ax.set_yticks(range(len(shown)), [r.setting for r in shown]), ax.set_ylim(len(shown) - 0.5, -0.5), ax.grid(False, axis="y")
+    ax.set_xlabel("bpb minus control, paired seeds, 95 % interval  (left is better)")
+    control = next((r for r in rows if not r.paired and r.mean is not None), None)
+    ax.set_title(title + (f": control {control.mean:.4f} bpb, n = {control.n}" if control else ""))
+    if not shown:
+        note(ax, "no setting shares a seed with the control yet")
+    return fig
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page
+# ----------------------------------------------------------------------------------------------------------------------
+CSS = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 1150px; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2.2rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #e3e3e3; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } th { color: #555; font-weight: 600; }
+img { max-width: 100%; height: auto; } .bad { color: #b3261e; font-weight: 600; }
+"""
+
+
+def html_table(head: list[str], rows: list[list[str]]) -> str:
+    def line(tag, cells):
+        return "<tr>" + "".join(f"<{tag}>{c}</{tag}>" for c in cells) + "</tr>"
+
+    return f'<div class="wide"><table>{line("th", head)}{"".join(line("td", r) for r in rows)}</table></div>'
+
+
+def runs_table(groups: dict[str, list[runs.Run]]) -> str:
+    """A row a run: what it was and what came of it."""
+    head = ["run", "seed", "recipe", "steps", "ms a step", *(label.replace("\n", " ") for _, label in STAGES), "bytes", "train s", "eval s", "end"]
+    rows = []
+    for name, members in groups.items():
+        for r in members:
+            stages = stage_scores(r)
+            end = "unfinished" if not r.finished else "; ".join(r.failures or []) or "legal" if r.dialect != "upstream" else "no verdict"
+            fine = end in ("legal", "no verdict")
+            rows.append([html.escape(name), r.seed, r.recipe or "", r.steps or "", f"{r.step_ms:.1f}" if r.step_ms else "",
+                         *(f"{stages[label]:.5f}" if label in stages else "" for _, label in STAGES), f"{r.total:,}" if r.total else "",
+                         f"{r.train_seconds:.1f}" if r.train_seconds else "", f"{r.eval_seconds:.1f}" if r.eval_seconds else "",
+                         html.escape(end) if fine else f'<span class="bad">{html.escape(end)}</span>'])
+    return html_table(head, rows)
+
+
+def knobs_table(groups: dict[str, list[runs.Run]]) -> str:
+    """Knobs in which the recipes differ, a column a recipe."""
+    configs = {n: {k: v for k, v in g[0].config.items() if k not in ("RUN_ID", "SEED", "ARTIFACT_DIR", "ARTIFACT", "CHECKPOINT", "MODE")}
+               for n, g in groups.items()}
+    names = sorted({k for c in configs.values() for k in c})
+    apart = [k for k in names if len({str(c.get(k)) for c in configs.values()}) > 1]
+    if not apart:
+        return "<p>The recipes do not differ in any knob.</p>" if len(groups) > 1 else ""
+    return html_table(["knob", *map(html.escape, configs)], [[k, *(html.escape(str(c.get(k, ""))) for c in configs.values())] for k in apart])
+
+
+def page(title: str, groups: dict, pictures: dict[str, Path]) -> str:
+    """One HTML file with everything in it."""
+    blocks = [f"<h1>{html.escape(title)}</h1>", "<h2>Runs</h2>", runs_table(groups)]
+    for name, path in pictures.items():
+        data = base64.b64encode(path.read_bytes()).decode()
+        blocks.append(f'<h2>{html.escape(name)}</h2><img alt="{html.escape(name)}" src="data:image/png;base64,{data}">')
+    if len(groups) > 1:
+        blocks += ["<h2>Knobs that differ</h2>", knobs_table(groups)]
+    return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+            f"<title>{html.escape(title)}</title><style>{CSS}</style></head><body>{''.join(blocks)}</body></html>\n")
+
+
+def build(found: list[runs.Run], out: Path, title: str, program=None, rows: list | None = None) -> Path:
+    """All pictures and the page; returns the page."""
+    groups = group(found)
+    pictures = {"Sweep": save(forest(rows, title), out / "sweep.png")} if rows else {}
+    pictures["Training loss"] = save(curves(groups), out / "curves.png")
+    pictures["From raw weights to the score"] = save(waterfall(groups), out / "waterfall.png")
+    pictures["Bytes"] = save(sizes(groups), out / "bytes.png")
+    configured = {n: [r for r in g if r.dialect == "events"] for n, g in groups.items()}
+    configured = {n: g for n, g in configured.items() if g}
+    if program is not None and configured:
+        pictures["Schedules"] = save(schedules(configured, program), out / "schedules.png")
+    (out / "index.html").write_text(page(title, groups, pictures), encoding="utf-8")
+    return out / "index.html"
+
+
+def sweep_rows(folder: Path) -> list | None:
+    """The rows of a sweep's results.json, as sweep.py made them."""
+    file = folder / "results.json"
+    return [SimpleNamespace(**r) for r in json.loads(file.read_text())] if file.is_file() else None
+
+
+def main(args: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+")
+    parser.add_argument("--out", type=Path, default=Path("report"))
+    parser.add_argument("--title", help="default: the name of the first argument")
+    parser.add_argument("--program", type=Path, default=ROOT / "train_gpt.py", help="asked for the schedules")
+    given = parser.parse_args(args)
+    rows = next((r for r in map(sweep_rows, map(Path, given.runs)) if r), None)
+    try:
+        found = [r for name in given.runs for r in runs.find(str(Path(name) / "logs") if (Path(name) / "sweep.json").is_file() else name)]
+    except runs.Unreadable as e:
+        print(f"report: {e}", file=sys.stderr)
+        return 2
+    given.out.mkdir(parents=True, exist_ok=True)
+    print(build(found, given.out, given.title or Path(given.runs[0]).name, load_program(given.program), rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
