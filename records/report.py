@@ -33,6 +33,7 @@ STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, 
          "grid.color": "#E6E6E6", "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.titlesize": 11, "axes.titlelocation": "left",
          "legend.frameon": False, "figure.facecolor": "white", "axes.labelcolor": "#333333", "xtick.color": "#555555",
          "ytick.color": "#555555", "figure.constrained_layout.use": True}
+plt.rcParams.update(STYLE)  # some of it is read when a legend is made, some when the file is written
 STAGES = (("raw", "raw"), ("pre-quantization post-ema", "averaged"), ("full", "quantised"), ("sliding", "sliding\nwindow"),
           ("ttt", "test-time\ntraining"))
 
@@ -51,7 +52,8 @@ def group(found: list[runs.Run]) -> dict[str, list[runs.Run]]:
         while name in named:  # two recipes under one name are not one
             name += f" ({recipe[:6]})"
         named[name] = members
-    return named
+    # a sweep's control takes the first colour and the first row
+    return dict(sorted(named.items(), key=lambda item: item[0] != "control"))
 
 
 def common_name(members: list[runs.Run]) -> str:
@@ -68,16 +70,14 @@ def colours(groups: dict) -> dict[str, str]:
 
 
 def figure(width: float, height: float, **grid):
-    """A figure in the house's style."""
-    with plt.rc_context(STYLE):
-        return plt.subplots(figsize=(width, height), squeeze=False, **grid)
+    """(figure, axes as a table)"""
+    return plt.subplots(figsize=(width, height), squeeze=False, **grid)
 
 
 def save(fig: Figure, path: Path) -> Path:
     """Write a PNG and forget the figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context(STYLE):
-        fig.savefig(path, dpi=130)
+    fig.savefig(path, dpi=130)
     plt.close(fig)
     return path
 
@@ -113,7 +113,8 @@ def curves(groups: dict[str, list[runs.Run]]) -> Figure:
 def loss_limits(found: list[runs.Run]) -> tuple[float, float]:
     """Axis from just under the lowest loss to where the curves are after a tenth of the run: the first fall says little."""
     losses = [p.loss for r in found for p in r.train]
-    later = [p.loss for r in found for p in r.train if r.train and p.step >= 0.1 * r.train[-1].step]
+    longest = max((r.train[-1].step for r in found if r.train), default=0)  # a run that broke off early is all first fall
+    later = [p.loss for r in found for p in r.train if p.step >= 0.1 * longest]
     if not losses:
         return 0.0, 1.0
     room = 0.05 * (max(later) - min(losses)) or 0.1
@@ -137,48 +138,52 @@ def stage_scores(run: runs.Run) -> dict[str, float]:
 
 
 def waterfall(groups: dict[str, list[runs.Run]], most: int = 6) -> Figure:
-    """bpb from raw weights to the final score, a panel a recipe: bars are means over seeds, dots are seeds."""
-    shown = {n: g for n, g in groups.items() if any(stage_scores(r) for r in g)}
-    names = list(shown)[:most]
+    """bpb from raw weights to the final score, means over seeds, a panel a recipe; all panels share one scale."""
+    stages = {n: mean_stages(g) for n, g in groups.items()}
+    stages = {n: s for n, s in stages.items() if s}
+    names = list(stages)[:most]
     columns = min(3, max(1, len(names)))
     rows = max(1, -(-len(names) // columns))
     fig, axes = figure(max(6.5, 4.4 * columns), 3.8 * rows, ncols=columns, nrows=rows, sharey=True)
     for ax in axes.flat[len(names):]:
         ax.set_axis_off()
+    values = [v for n in names for v in stages[n].values()] or [0.0]
+    room = 0.14 * (max(values) - min(values)) or 0.01
     for ax, name in zip(axes.flat, names):
-        draw_waterfall(ax, [stage_scores(r) for r in shown[name]])
-        ax.set_title(f"{name} (n = {len(shown[name])})")
+        ax.set_ylim(min(values) - 2 * room, max(values) + room)  # a bar from zero would hide all differences
+        draw_waterfall(ax, stages[name])
+        ends = [r.final.bpb for r in groups[name] if r.final]
+        ax.set_title(f"{name}\n" + (f"n = {len(ends)}, seed sd {runs.spread(ends):.4f}" if len(ends) > 1 else "n = 1"))
     for ax in axes[:, 0]:
         ax.set_ylabel("bits per byte")
     if not names:
-        note(axes[0, 0], "no run has scores yet")
-    elif len(shown) > most:
-        fig.suptitle(f"the first {most} of {len(shown)} recipes", fontsize=9, color="#777777")
+        axes[0, 0].set_axis_on(), note(axes[0, 0], "no run has scores yet")
+    elif len(stages) > most:
+        fig.suptitle(f"the first {most} of {len(stages)} recipes", fontsize=9, color="#777777")
     return fig
 
 
-def draw_waterfall(ax, seeds: list[dict[str, float]]) -> None:
-    """Floating bars between the means of neighbouring stages, each with its difference."""
-    labels = [label for _, label in STAGES if all(label in s for s in seeds)]
-    means = [runs.mean(s[label] for s in seeds) for label in labels]
-    values = [s[label] for s in seeds for label in labels]
-    room = 0.12 * (max(values) - min(values)) or 0.01
-    low, high = ax.get_ylim() if ax.get_ylim() != (0.0, 1.0) else (min(values), max(values))
-    low, high = min(low, min(values) - room), max(high, max(values) + 1.6 * room)
+def mean_stages(members: list[runs.Run]) -> dict[str, float]:
+    """Stage -> mean bpb over the runs that have scores, for the stages that all of these have."""
+    scored = [s for s in map(stage_scores, members) if s]
+    return {label: runs.mean(s[label] for s in scored) for _, label in STAGES if scored and all(label in s for s in scored)}
+
+
+def draw_waterfall(ax, stages: dict[str, float]) -> None:
+    """Floating bars between neighbouring stages, each with its difference; the first and the last with their values."""
+    means, low = list(stages.values()), ax.get_ylim()[0]
     for i, value in enumerate(means):
-        before = means[i - 1] if i else None
-        bottom, height = (low, value - low) if before is None else (min(before, value), abs(value - before))
-        colour = REST if before is None else GAIN if value < before else LOSS
-        ax.bar(i, height, 0.62, bottom=bottom, color=colour, alpha=0.85)
-        text = f"{value:.4f}" if before is None else f"{value - before:+.4f}"
-        ax.annotate(text, (i, max(value, before or value)), xytext=(0, 9), textcoords="offset points", ha="center", fontsize=9)
+        before = means[i - 1] if i else low
+        colour = REST if not i else GAIN if value < before else LOSS
+        ax.bar(i, abs(value - before), 0.62, bottom=min(before, value), color=colour)
+        ax.annotate(f"{value - before:+.4f}" if i else f"{value:.4f}", (i, max(value, before)), xytext=(0, 4),
+                    textcoords="offset points", ha="center", fontsize=9)
         if i + 1 < len(means):
             ax.plot([i + 0.31, i + 0.69], [value, value], color="#888888", lw=0.8)
-    for seed in seeds:
-        ax.plot(range(len(labels)), [seed[label] for label in labels], "o", ms=3, color="#333333", alpha=0.7)
-    ax.annotate(f"{means[-1]:.4f}", (len(means) - 1, min(means[-1], means[-2] if len(means) > 1 else means[-1])), xytext=(0, -13),
-                textcoords="offset points", ha="center", fontsize=9, fontweight="bold")
-    ax.set_xticks(range(len(labels)), labels, fontsize=8.5), ax.set_ylim(low - room, high), ax.grid(False, axis="x")
+    if len(means) > 1:
+        ax.annotate(f"{means[-1]:.4f}", (len(means) - 1, min(means[-2:])), xytext=(0, -13), textcoords="offset points",
+                    ha="center", fontsize=9, fontweight="bold")
+    ax.set_xticks(range(len(means)), stages, fontsize=8.5), ax.grid(False, axis="x")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -223,7 +228,7 @@ def stack(ax, y: int, parts: dict, order: list, unit: float, peak: int) -> None:
         size = parts.get(part, 0)
         ax.barh(y, size / unit, 0.66, left=left / unit, color=part_colour(i), edgecolor="white", lw=0.6)
         if size > 0.055 * peak:
-            ax.text((left + size / 2) / unit, y, f"{size / unit:.2f}", ha="center", va="center", color="white", fontsize=8.5)
+            ax.text((left + size / 2) / unit, y, f"{size / unit:.{2 if unit == 1e6 else 1}f}", ha="center", va="center", color="white", fontsize=8.5)
         left += size
 
 
@@ -246,22 +251,22 @@ def load_program(path: Path):
 def schedules(groups: dict[str, list[runs.Run]], program) -> Figure:
     """Learning rate, momentum and recurrence over progress, as the program computes them from each run's config."""
     fig, axes = figure(12, 3.6, ncols=3)
-    panels = (("learning rate, times its base", "lr"), ("Muon's momentum", "momentum"), ("passes over the loop", "looping"))
-    steps = [i / 400 for i in range(401)]
-    widths = {name: 3.4 - 0.7 * min(i, 3) for i, name in enumerate(groups)}  # equal curves stay visible under each other
-    for name, colour in colours(groups).items():
-        run = groups[name][0]
-        config = SimpleNamespace(**{k.lower(): v for k, v in run.config.items()})
-        values = [program.Schedules(config).at(p) for p in steps]
-        for ax, (_, what) in zip(axes[0], panels):
-            scale = 1 + config.num_loops if what == "looping" else 1
-            y = [1 + v.looping * (scale - 1) if what == "looping" else getattr(v, what) for v in values]
-            ax.plot(steps, y, color=colour, lw=widths[name], label=name)
-    for ax, (title, _) in zip(axes[0], panels):
-        ax.set_title(title), ax.set_xlabel("progress"), ax.set_xlim(0, 1)
+    panels = ("learning rate, times its base", "Muon's momentum", "passes over the loop")
+    progress = [i / 400 for i in range(401)]
+    alike: dict[tuple, list[str]] = {}  # recipes with one schedule are one line
+    for name, members in groups.items():
+        config = SimpleNamespace(**{k.lower(): v for k, v in members[0].config.items()})
+        values = [program.Schedules(config).at(p) for p in progress]
+        alike.setdefault(tuple((v.lr, v.momentum, 1 + v.looping * config.num_loops) for v in values), []).append(name)
+    for i, (values, names) in enumerate(alike.items()):
+        label = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        for ax, y in zip(axes[0], zip(*values)):
+            ax.plot(progress, y, color=COLOURS[i % len(COLOURS)], lw=1.8 / (i + 1) + 1.0, label=label)
+    for ax, title in zip(axes[0], panels):
+        ax.set_title(title), ax.set_xlabel("progress of the run"), ax.set_xlim(0, 1)
     axes[0, 0].set_ylim(bottom=0)
     axes[0, 2].yaxis.get_major_locator().set_params(integer=True)
-    legend(fig, axes[0, 0], len(groups))
+    legend(fig, axes[0, 0], min(len(alike), 3))
     return fig
 
 

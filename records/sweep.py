@@ -386,7 +386,7 @@ def table(rows: list[Row], mode: str | None) -> str:
                       number(pair.get("mean"), "+.6f"), "" if low is None else f"[{low:+.6f}, {high:+.6f}]", number(r.p, ".3g"),
                       number(r.bytes, ","), number(r.seconds, ".1f")])
     note = (f"Scores: {'pass ' + mode if mode else 'the best pass of each run'}. Lower is better, so a negative difference is a gain. "
-            f"Intervals are Student's over paired seeds; of {len(rows) - 1} settings without any effect, one in twenty leaves out zero.")
+            f"Intervals are Student's over paired seeds; where a setting does nothing, one interval in twenty leaves out zero all the same ({len(rows) - 1} here).")
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n\n" + note + "\n"
 
 
