@@ -10,24 +10,22 @@ enough to compare models by. The steps:
 
     find -> split -> drop copies -> choose validation modules -> shuffle -> train tokenizer -> encode -> write
 
-Shard format (that of the contest): 256 little-endian int32 [20240520, 1, num_tokens, 0...], then num_tokens uint16.
-Every document begins with BOS (id 1) and has no EOS.
+The last three are those of prepare.py, so what this corpus proves of them holds for any other.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import hashlib
 import inspect
-import io
-import json
 import math
 import os
 import platform
 import random
 import re
+import sys
 import sysconfig
+import tempfile
 import time
 import tokenize
 import uuid
@@ -39,16 +37,20 @@ from typing import NamedTuple
 import numpy as np
 import sentencepiece as spm
 
-REVISION = 1  # raise it when the same text would give other shards: finished corpora of an older one are rebuilt
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # train_gpt.py loads this file by its path
+import prepare
+import vocabulary
+from shards import read_json, sha256
+from shards import BOS as BOS_ID
+from sources import SourceError, Unit
+
+REVISION = 2  # raise it when the same text would give other shards or another manifest: finished corpora of an older one are rebuilt
 SEED = 1337
-SHARD_MAGIC, SHARD_VERSION, HEADER_WORDS = 20240520, 1, 256
-BOS_ID = 1
 
 MAX_TRAIN_BYTES = 20_000_000  # UTF-8 bytes; above what any Python ships, so in practice: everything
 MAX_VAL_BYTES = 400_000  # a validation pass must stay a matter of seconds on a CPU
 MIN_BYTES = 4_000_000  # a whole standard library has over 8 MB; under this something is missing
 TOKENIZER_BYTES = 3_000_000  # merges of a small vocabulary no longer change much beyond this; time is linear in it
-SENTENCE_CHARS = 1_000  # the SentencePiece trainer silently drops sentences over 4,192 bytes
 DOCSTRING_CHARS = 400  # shorter docstrings stay in the code
 DOCUMENT_CHARS = 64  # shorter leftovers are dropped
 CODE_CHARS, PROSE_CHARS = 900, 3_000  # median length at which a document may end; paragraphs need their context
@@ -102,11 +104,6 @@ class Paths(NamedTuple):
         tokenizer = root / "tokenizers" / f"local_{vocab_size}_bpe.model"
         train, val = (shards / f"fineweb_{split}_000000.bin" for split in ("train", "val"))
         return cls(root, train, val, tokenizer, shards / "manifest.json")
-
-
-def sha256(data: bytes) -> str:
-    """Hexadecimal sha256."""
-    return hashlib.sha256(data).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -338,76 +335,8 @@ def check_disjoint(train: list[Document], val: list[Document]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tokenize
-# ---------------------------------------------------------------------------------------------------------------------
-def sentences(documents: list[Document]) -> Iterator[str]:
-    """Pieces of at most SENTENCE_CHARS characters, cut at white space, for the tokenizer's trainer."""
-    for document in documents:
-        text = " ".join(document.text.split())
-        yield from (match[0] for match in re.finditer(rf"\S.{{0,{SENTENCE_CHARS - 1}}}(?:(?=\s)|$)|\S+", text))
-
-
-def train_tokenizer(documents: list[Document], vocab_size: int) -> bytes:
-    """SentencePiece BPE with the settings of the contest; returns the model file. Raises CorpusError if V is not met.
-
-    The thread count is fixed and the model is written to memory: neither machine load nor a path gets into the bytes.
-    """
-    model = io.BytesIO()
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=sentences(cut(documents, TOKENIZER_BYTES)),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=vocab_size,
-        character_coverage=0.999,
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="nmt_nfkc",
-        add_dummy_prefix=False,
-        pad_id=0,
-        bos_id=BOS_ID,
-        eos_id=2,
-        unk_id=3,
-        hard_vocab_limit=False,
-        num_threads=4,
-        minloglevel=2,
-    )
-    got = spm.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
-    if got != vocab_size:
-        raise CorpusError(f"the text gives only {got} pieces, {vocab_size} asked: use a smaller vocabulary")
-    return model.getvalue()
-
-
-def encode(tokenizer: spm.SentencePieceProcessor, documents: list[Document]) -> list[list[int]]:
-    """Token ids of every document, BOS first."""
-    texts = [document.text for document in documents]
-    return tokenizer.encode(texts, out_type=int, add_bos=True, num_threads=os.cpu_count() or 1)
-
-
-def shard_bytes(encoded: list[list[int]]) -> bytes:
-    """The shard file: 1,024 bytes of header, two bytes a token."""
-    tokens = np.fromiter((token for ids in encoded for token in ids), dtype="<u2")
-    header = np.zeros(HEADER_WORDS, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
-    return header.tobytes() + tokens.tobytes()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Write
 # ---------------------------------------------------------------------------------------------------------------------
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes under a hidden name of its own, then renames: readers see the whole file or none, and of two builders
-    at once the last rename wins."""
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-    try:
-        with open(partial, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def check_writable(paths: Paths) -> None:
     """Creates the output folders and tries them before the work of half a minute. Raises CorpusError."""
     for folder in (paths.train.parent, paths.tokenizer.parent):
@@ -422,56 +351,38 @@ def check_writable(paths: Paths) -> None:
 
 def read_finished(paths: Paths, settings: dict) -> dict | None:
     """The manifest of a finished corpus with these settings whose files have the stated sizes, else None."""
+    manifest = read_json(paths.manifest)
     try:
-        manifest = json.loads(paths.manifest.read_text(encoding="utf-8"))
         sizes = [paths.root.joinpath(manifest[part]["path"]).stat().st_size for part in ("train", "val", "tokenizer")]
         stated = [manifest[part]["file_bytes"] for part in ("train", "val", "tokenizer")]
         return manifest if sizes == stated and manifest["settings"] == settings else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, KeyError, TypeError):
         return None  # absent, half-deleted or of another make: build anew
 
 
-def file_entry(paths: Paths, path: Path, data: bytes) -> dict:
-    """What the manifest says of any file: its path under the data directory, size in bytes, sha256."""
-    return {"path": path.relative_to(paths.root).as_posix(), "file_bytes": len(data), "sha256": sha256(data)}
+def units(documents: list[Document], first: int) -> Iterator[Unit]:
+    """The documents' texts in units of a hundred, numbered from `first`."""
+    for at in range(0, len(documents), 100):
+        yield Unit(first + at, [document.text.encode() for document in documents[at:at + 100]])
 
 
-def split_entry(tokenizer: spm.SentencePieceProcessor, documents: list[Document], encoded: list[list[int]]) -> dict:
-    """What the manifest says of a split. `bytes`: UTF-8 bytes of the text that the tokens stand for, the denominator
-    of bits per byte; `source_bytes`: those before the tokenizer folded white space."""
-    lengths = [len(ids) for ids in encoded]
-    median, p90 = np.percentile(lengths, [50, 90]).astype(int).tolist()
-    return {
-        "modules": len({document.module for document in documents}),
-        "documents": len(documents),
-        "tokens": sum(lengths),
-        "bytes": sum(len(text.encode("utf-8")) for text in tokenizer.decode(encoded)),
-        "source_bytes": sum(document.size for document in documents),
-        "document_tokens": {"min": min(lengths), "median": median, "p90": p90, "max": max(lengths)},
-    }
-
-
-def publish(paths: Paths, files: dict[Path, bytes], manifest: dict) -> None:
-    """Writes the files, then the manifest, whose presence means that the rest is complete. An old manifest goes
-    first: a build killed half-way must not leave one that vouches for other shards."""
-    paths.manifest.unlink(missing_ok=True)
-    for path, data in files.items():
-        write_atomic(path, data)
-    write_atomic(paths.manifest, (json.dumps(manifest, indent=2) + "\n").encode("utf-8"))
+def write_shards(paths: Paths, work: Path, model: bytes, train: list[Document], val: list[Document]) -> dict:
+    """Shards in `work`; what the manifest says of them. Each split is one shard, so its entry names the file itself, too."""
+    job = prepare.Job(paths.train.parent.name, val_docs=len(val), shard_tokens=2**31 - 1)
+    build = prepare.Build(work, job)
+    prepare.run_build(build, prepare.coded_units([*units(val, 0), *units(train, len(val))], model, job, workers=1))
+    parts = build.finish()
+    for split, documents in (("train", train), ("val", val)):
+        shard = parts[split]["shards"][0]
+        place = {"path": (paths.train.parent / shard["path"]).relative_to(paths.root).as_posix()}
+        file = place | {key: shard[key] for key in ("file_bytes", "sha256")}
+        parts[split] = file | {"modules": len({document.module for document in documents})} | parts[split]
+    return parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Build
 # ---------------------------------------------------------------------------------------------------------------------
-def describe(name: str, entry: dict) -> str:
-    """One line of the log about a split."""
-    lengths = " ".join(f"{key}:{value:,}" for key, value in entry["document_tokens"].items())
-    return (
-        f"local_corpus: {name} documents:{entry['documents']:,} tokens:{entry['tokens']:,} bytes:{entry['bytes']:,} "
-        f"bytes_per_token:{entry['bytes'] / entry['tokens']:.3f} document_tokens {lengths}"
-    )
-
-
 def build_anew(paths: Paths, settings: dict, root: Path, log: Callable[[str], object]) -> dict:
     """The steps of the build, from the sources under `root` to the manifest. Raises CorpusError."""
     started = time.perf_counter()
@@ -480,26 +391,27 @@ def build_anew(paths: Paths, settings: dict, root: Path, log: Callable[[str], ob
     train, val = split_train_val(collect(root, max_train + max_val), max_train, max_val)
     log(f"local_corpus: read {len(train) + len(val):,} documents at {time.perf_counter() - started:.1f}s")
 
-    model = train_tokenizer(train, vocab_size)
-    tokenizer = spm.SentencePieceProcessor(model_proto=model)
+    model = vocabulary.train((document.text for document in cut(train, TOKENIZER_BYTES)), vocab_size)
     log(f"local_corpus: trained the {vocab_size}-piece tokenizer at {time.perf_counter() - started:.1f}s")
 
-    files, entries = {paths.tokenizer: model}, {}
-    for name, path, documents in (("train", paths.train, train), ("val", paths.val, val)):
-        encoded = encode(tokenizer, documents)
-        files[path] = shard_bytes(encoded)
-        entries[name] = file_entry(paths, path, files[path]) | split_entry(tokenizer, documents, encoded)
-        log(describe(name, entries[name]))
-    manifest = {
-        "name": f"local_sp{vocab_size}",
-        "source": "sources, docstrings, help() topics and text files of the Python standard library (PSF licence)",
-        "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "sentencepiece": spm.__version__,
-        "settings": settings,
-        "tokenizer": file_entry(paths, paths.tokenizer, model) | {"vocab_size": vocab_size, "bos_id": BOS_ID},
-        **entries,
-    }
-    publish(paths, files, manifest)
+    with tempfile.TemporaryDirectory(dir=paths.train.parent.parent, prefix=".local_corpus_") as folder:
+        work = Path(folder)
+        parts = write_shards(paths, work, model, train, val)
+        (work / "tokenizer.model").write_bytes(model)
+        tokenizer = {"path": paths.tokenizer.relative_to(paths.root).as_posix(), "file_bytes": len(model), "sha256": sha256(model)}
+        manifest = {
+            "name": paths.train.parent.name,
+            "source": "sources, docstrings, help() topics and text files of the Python standard library (PSF licence)",
+            "python": f"{platform.python_implementation()} {platform.python_version()}",
+            "sentencepiece": spm.__version__,
+            "settings": settings,
+            "transform": prepare.transform_entry(vocabulary.Coder(model)),
+            "tokenizer": tokenizer | {"vocab_size": vocab_size, "bos_id": BOS_ID},
+            **parts,
+        }
+        for split in ("train", "val"):
+            log(prepare.describe(split, manifest[split], "local_corpus"))
+        prepare.publish(prepare.Places(paths.root, paths.train.parent, paths.tokenizer), manifest, work)
     log(f"local_corpus: wrote {paths.manifest} at {time.perf_counter() - started:.1f}s")
     return manifest
 
@@ -531,7 +443,10 @@ def build(
 
     check_writable(paths)
     root = Path(source_dir or sysconfig.get_paths()["stdlib"])
-    return build_anew(paths, settings, root, log)
+    try:
+        return build_anew(paths, settings, root, log)
+    except (ValueError, SourceError, prepare.PrepareError) as error:
+        raise CorpusError(str(error)) from error
 
 
 def main() -> None:
