@@ -6,6 +6,7 @@ results, so a line counts only where digits stand in the places of the numbers. 
 """
 import ast
 import base64
+import functools
 import hashlib
 import json
 import lzma
@@ -228,6 +229,7 @@ def split_log(text: str) -> tuple[str | None, str]:
     return None, text
 
 
+@functools.lru_cache(64)  # the logs of one folder hold one source, and parsing it takes half a second
 def parses(text: str) -> bool:
     try:
         ast.parse(text)
@@ -357,6 +359,7 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+@functools.lru_cache(64)
 def unpack_code(text: str) -> str | None:
     """The source inside a self-extracting script, read without running it; None if none is recognised.
 
@@ -368,7 +371,7 @@ def unpack_code(text: str) -> str | None:
         return None
     literals = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, (str, bytes))]
     longest = max(literals, key=len, default=b"")
-    if len(longest) < len(text) / 2:
+    if len(longest) < len(text) / 5:  # written as \\x.., a byte takes four characters
         return None
     data = longest.encode() if isinstance(longest, str) else longest
     for decode in (base64.b85decode, base64.b64decode, lambda d: d):
@@ -390,6 +393,7 @@ def unlzma(data: bytes) -> bytes:
     return lzma.decompress(data, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9}])
 
 
+@functools.lru_cache(64)
 def meaning(source: str) -> str:
     """What two sources must share to be the same program: their syntax tree without docstrings and positions."""
     tree = ast.parse(source)
