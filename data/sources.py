@@ -21,7 +21,7 @@ JSONL, PARQUET, TEXT = {".jsonl", ".json", ".ndjson"}, {".parquet"}, {".txt", ".
 PACKED = {".xz", ".gz", ".bz2", ".zst"}
 
 
-class SourceError(RuntimeError):
+class SourceError(Exception):
     """A source cannot be read; the message names the file, and the document where there is one."""
 
 

@@ -1,0 +1,682 @@
+"""Documents to shards: exact tokens, exact bytes, the same file whatever the workers or kills, and nothing on both sides."""
+import bz2
+import dataclasses
+import gzip
+import io
+import itertools
+import json
+import lzma
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece as spm
+from conftest import ROOT, config, trainer, write_shard
+from hypothesis import given
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(ROOT / "data"))
+import prepare
+import shards
+import sources
+import transforms
+import vocabulary
+
+WORDS = "the of and a to in is you that it he was for on are as with his they I at be this have from or one had by word Paris NATO McDonald".split()
+QUIET = dict(log=lambda _: None)
+
+
+def make_texts(count: int, seed: int = 0) -> list[str]:
+    """English-looking documents with capitals, digits and a little of everything else."""
+    rng = random.Random(seed)
+    odd = ["U.S.A.", "1984,", "naïve", "Ünïcode", "北京", "(see", "it's", "\n", "ΟΔΟΣ", "👍"]
+    lengths = (rng.randint(3, 80) for _ in range(count))
+    return [f"The {' '.join(rng.choice(WORDS if rng.random() < 0.9 else odd) for _ in range(n))} {i}." for i, n in enumerate(lengths)]
+
+
+TEXTS = make_texts(400)
+MODELS = {name: vocabulary.train(map(transforms.REGISTRY[name].encode, TEXTS), 400, transforms.REGISTRY[name].operators)
+          for name in ("none", "caseops", "casefold")}
+MODELS["bytes"] = vocabulary.byte_model()
+CODERS = {"none": vocabulary.Coder(MODELS["none"]), "caseops": vocabulary.Coder(MODELS["caseops"], "caseops"),
+          "pairs": vocabulary.Coder(MODELS["caseops"], "caseops", pairs=True), "casefold": vocabulary.Coder(MODELS["casefold"], "casefold"),
+          "bytes": vocabulary.Coder(MODELS["bytes"])}
+CASED = st.text(st.sampled_from("aAbBßẞéÉΣσςǅİıK\u0301\u0331ﬁﬂ㎒ 's.1_-\n\u2581\u00a0" + "".join(transforms.OPERATORS.values())))
+ANY = st.one_of(st.text(), CASED, st.lists(st.sampled_from([*WORDS, "U.S.A.", "ΟΔΟΣ", "x" * 70]), max_size=12).map(" ".join))
+
+
+def jsonl(path: Path, texts) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def job(**more) -> prepare.Job:
+    return prepare.Job(**{"name": "toy", "vocab_size": 400, "val_docs": 50, "shard_tokens": 3000, "tokenizer_bytes": 20_000, **more})
+
+
+def build(folder: Path, source, workers: int = 1, force: bool = False, tokenizer: Path | None = None, **more) -> dict:
+    files = [source] if isinstance(source, Path) else source
+    source = sources.Source(files, more.get("text_key", "text"), more.get("separator", ""))
+    return prepare.prepare(source, job(**more), folder, tokenizer, workers, force, **QUIET)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a data set; two equal data sets have equal contents."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def units_of_2k(monkeypatch):
+    """Units so small that a toy corpus has dozens."""
+    monkeypatch.setattr(sources, "UNIT_BYTES", 2000)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> tuple[Path, dict]:
+    """A data set of 400 documents in several shards, with its source beside it; tests must not change it."""
+    folder = tmp_path_factory.mktemp("toy")
+    return folder, build(folder / "data", jsonl(folder / "docs.jsonl", TEXTS))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Transforms
+# ----------------------------------------------------------------------------------------------------------------------
+@given(st.one_of(ANY, st.text(st.characters())))
+def test_caseops_gives_any_text_back(text):
+    encoded = transforms.caseops_encode(text)
+    assert transforms.caseops_decode(encoded) == text == transforms.caseops_decode(transforms.caseops_keep(text))
+    assert not any(c in transforms.SMALL for c in encoded), "a capital was left"
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("The NATO iPhone", "{TITLE}the {UPPER}nato i{CAP}phone"), ("A", "{TITLE}a"), ("McD", "{CAP}mc{CAP}d"), ("aBC", "a{CAP}b{CAP}c"),
+    ("ΟΔΟΣ ῌ ǅ", "{UPPER}οδοσ ῌ ǅ"), ("\ue001x\ue004", "{ESC}\ue001x{ESC}\ue004"), ("U.S.", "{TITLE}u.{TITLE}s."), ("İstanbul", "İstanbul")])
+def test_caseops_operators(text, expected):
+    assert transforms.caseops_encode(text) == expected.format(**transforms.OPERATORS)
+
+
+def test_stray_operators_stand_for_nothing():
+    assert transforms.caseops_decode("\ue001\ue001a \ue002 b\ue003") == "A  b"
+
+
+def test_case_pairs_are_the_same_under_every_python():
+    """Letters that a newer Unicode pairs would change the shards of old text."""
+    assert len(transforms.SMALL) == 632
+    assert shards.sha256(repr(sorted(transforms.SMALL.items())).encode()).startswith("825b6b3b8b532b2e")
+
+
+@given(st.lists(st.integers(0, 6)))
+def test_aliases_are_undone(ids):
+    aliases = transforms.Aliases({(1, 2): 10, (1, 3): 11, (2, 2): 12})
+    short = aliases.encode(ids)
+    assert aliases.decode(short) == ids and len(short) <= len(ids)
+    assert not any(pair in aliases.pairs for pair in zip(short, short[1:]) if 10 not in pair) or 2 in ids
+
+
+def test_aliases_must_be_free_ids():
+    with pytest.raises(ValueError, match="free id"):
+        transforms.Aliases({(1, 2): 2})
+    with pytest.raises(ValueError, match="occurs by itself"):
+        transforms.Aliases({(1, 2): 9}).encode([1, 9])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens and bytes
+# ----------------------------------------------------------------------------------------------------------------------
+@given(ANY)
+def test_tokens_are_those_of_sentencepiece(text):
+    coder = CODERS["none"]
+    tokens = coder.encode(text)
+    assert tokens.dtype == np.uint16 and tokens.tolist() == ([1, *coder.sp.encode(text)] if coder.sp.encode(text) else [])
+
+
+@pytest.mark.parametrize("kind", ["none", "caseops", "pairs", "bytes"])
+@given(ANY)
+def test_tokens_give_the_normalised_text_back_and_their_bytes_add_up(kind, text):
+    coder = CODERS[kind]
+    tokens = coder.encode(text)
+    norm = text if kind == "bytes" else coder.sp.normalize(text)
+    for _ in range(4):  # what is not stable after one normalisation is kept as it is after all of them
+        again = norm if kind == "bytes" or kind == "none" else coder.sp.normalize(norm)
+        if coder.decode(tokens) == norm.replace("\u2581", " "):
+            break
+        norm = again
+    norm = norm if kind == "bytes" else norm.replace("\u2581", " ")
+    assert coder.decode(tokens) == norm
+    assert int(coder.table.sizes(tokens).sum()) == len(norm.encode())
+
+
+def test_casefold_keeps_everything_but_capitals():
+    coder = CODERS["casefold"]
+    assert coder.decode(coder.encode("The NATO ΟΔΟΣ")) == "the nato οδος"
+
+
+def test_pairs_save_tokens_and_nothing_else():
+    plain, short = (np.concatenate([CODERS[kind].encode(text) for text in TEXTS]) for kind in ("caseops", "pairs"))
+    assert len(short) < 0.95 * len(plain)
+    assert CODERS["pairs"].aliases.decode(short) == plain.tolist()
+    assert CODERS["pairs"].table.sizes(short).sum() == CODERS["caseops"].table.sizes(plain).sum()
+
+
+def test_operators_stand_for_no_bytes_and_literal_ones_for_three():
+    coder = CODERS["caseops"]
+    text = "The \ue001 \ue004\ue004\ue002 NATO"
+    tokens = coder.encode(text)
+    sizes = dict.fromkeys(range(4), 0) | Counter()
+    for token, size in zip(tokens.tolist(), coder.table.sizes(tokens).tolist()):
+        if coder.pieces[token] in transforms.OPERATORS.values():
+            sizes[size] += 1
+    assert sizes[3] == 4 and sizes[0] == 6, "TITLE, UPPER and four escapes are free, four characters are text"
+    assert coder.decode(tokens) == text
+
+
+@given(st.lists(ANY, min_size=1, max_size=4))
+def test_the_sidecar_is_the_contests_table_on_untransformed_text(texts):
+    """Two ways to the same denominator: the table of train_gpt.py, and the sizes that a sidecar holds."""
+    tokens = np.concatenate([CODERS["none"].encode(text) for text in texts])
+    if len(tokens) > 1:
+        assert reference_tokenizer().count_bytes(tokens).tolist() == CODERS["none"].table.sizes(tokens)[1:].tolist()
+
+
+def reference_tokenizer(cache: dict = {}):
+    """train_gpt.py's own tokenizer and byte table for the toy model."""
+    if not cache:
+        import tempfile
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "m.model").write_bytes(MODELS["none"])
+            cache["it"] = trainer().Tokenizer(Path(folder) / "m.model", 400)
+    return cache["it"]
+
+
+def test_a_long_word_is_cut_and_loses_nothing():
+    for kind in ("none", "caseops", "pairs"):
+        text = "Start " + "Ab" * vocabulary.WORD_CHARS + " end"
+        assert CODERS[kind].decode(CODERS[kind].encode(text)) == text
+
+
+def test_the_word_cache_does_not_change_tokens(monkeypatch):
+    monkeypatch.setattr(vocabulary, "CACHED_WORDS", 3)
+    coder = vocabulary.Coder(MODELS["none"])
+    assert [coder.encode(t).tolist() for t in TEXTS[:50]] == [CODERS["none"].encode(t).tolist() for t in TEXTS[:50]]
+    assert len(coder.later) <= 3
+
+
+def train_kind(**more) -> bytes:
+    """A model with other settings than the contest's."""
+    model = io.BytesIO()
+    settings = dict(model_type="bpe", vocab_size=330, byte_fallback=True, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False,
+                    pad_id=0, bos_id=1, eos_id=2, unk_id=3, hard_vocab_limit=False, minloglevel=2)
+    spm.SentencePieceTrainer.train(sentence_iterator=vocabulary.sentences([*TEXTS, *["one of the word (of the)"] * 300]), model_writer=model, **{**settings, **more})
+    return model.getvalue()
+
+
+@pytest.mark.parametrize("more", [dict(split_by_whitespace=False, vocab_size=600), dict(model_type="unigram"), dict(split_by_unicode_script=False)])
+def test_other_kinds_of_tokenizers_are_exact_too(more):
+    """Pieces across spaces, unigram models, pieces of letters and signs: no short cut where none is sound."""
+    coder = vocabulary.Coder(train_kind(**more))
+    assert coder.by_words == ("split_by_unicode_script" in more)
+    for text in TEXTS:
+        assert coder.encode(text).tolist() == [1, *coder.sp.encode(text)]
+
+
+def test_tokenizers_that_cannot_be_used_are_refused():
+    for model, transform, pairs, message in [
+            (MODELS["none"], "caseops", False, r"no piece for U\+E001; train one"), (MODELS["none"], "none", True, "pair aliases need"),
+            (train_kind(bos_id=2, eos_id=1), "none", False, "BOS must be 1")]:
+        with pytest.raises(ValueError, match=message):
+            vocabulary.Coder(model, transform, pairs)
+
+
+def test_a_tokenizer_that_cannot_write_a_text_is_refused():
+    coder = vocabulary.Coder(train_kind(byte_fallback=False))
+    with pytest.raises(ValueError, match="cannot write all of 'the 漢"):
+        coder.encode("the 漢 word")
+
+
+def test_vocabulary_that_the_text_does_not_give_is_refused():
+    with pytest.raises(ValueError, match="only .* pieces, 9000 asked"):
+        vocabulary.train(["the cat sat"], 9000)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shards
+# ----------------------------------------------------------------------------------------------------------------------
+def test_manifest_and_shards_agree_with_the_text(toy):
+    folder, manifest = toy
+    coder = vocabulary.Coder((folder / "data/tokenizers/toy.model").read_bytes())
+    documents = {s: list(shards.documents(shards.split_paths(folder / "data/datasets/toy", s))) for s in prepare.SPLITS}
+    assert [coder.decode(d) for d in documents["val"] + documents["train"]] == [coder.sp.normalize(t).replace("\u2581", " ") for t in TEXTS]
+    for split, first in (("val", 0), ("train", 50)):
+        entry, texts = manifest[split], TEXTS[first:first + len(documents[split])]
+        assert (entry["documents"], entry["tokens"]) == (len(texts), sum(map(len, documents[split])))
+        assert entry["bytes"] == sum(len(coder.decode(d).encode()) for d in documents[split])
+        assert entry["source_bytes"] == sum(len(t.encode()) for t in texts)
+        assert [s["tokens"] for s in entry["shards"][:-1]] == [3000] * (len(entry["shards"]) - 1), "all but the last are full"
+        assert sum(s["bytes"] for s in entry["shards"]) == entry["bytes"]
+    assert len(manifest["train"]["shards"]) > 3 and str(folder) not in json.dumps(manifest)
+
+
+def test_train_gpt_reads_what_was_written(toy):
+    tg, (folder, manifest) = trainer(), toy
+    assert sum(map(len, tg.find_shards(folder / "data/datasets/toy", "train"))) == manifest["train"]["tokens"]
+    cfg = dataclasses.replace(config(), vocab_size=400, data_path=str(folder / "data/datasets/toy"), val_docs=0)
+    val = tg.ValidationSet(cfg, tg.Tokenizer(folder / "data/tokenizers/toy.model", 400))
+    assert int(val.bytes.sum()) == manifest["val"]["bytes"] and len(val.starts) == 50
+
+
+def test_a_finished_data_set_is_left_alone_and_others_are_not_overwritten(toy, tmp_path):
+    folder, manifest = toy
+    shutil.copytree(folder, tmp_path / "copy")
+    before = contents(tmp_path / "copy")
+    source = tmp_path / "copy/docs.jsonl"
+    assert build(tmp_path / "copy/data", source) == manifest and contents(tmp_path / "copy") == before
+    with pytest.raises(prepare.PrepareError, match="other settings or another source; --force"):
+        build(tmp_path / "copy/data", source, shard_tokens=4000)
+    fewer = build(tmp_path / "copy/data", source, shard_tokens=10**6, force=True)
+    assert len(fewer["train"]["shards"]) == 1 and prepare.verify(tmp_path / "copy/data/datasets/toy", **QUIET) == []
+
+
+def test_a_short_shard_of_a_finished_data_set_is_named(toy, tmp_path):
+    shutil.copytree(toy[0], tmp_path / "copy")
+    path = tmp_path / "copy/data/datasets/toy/fineweb_train_000001.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(prepare.PrepareError, match="fineweb_train_000001.bin has .* bytes, the manifest says"):
+        build(tmp_path / "copy/data", tmp_path / "copy/docs.jsonl")
+
+
+@pytest.fixture(scope="module")
+def with_sidecar(tmp_path_factory) -> Path:
+    """A caseops data set in few small shards; tests must leave it as it was."""
+    folder = tmp_path_factory.mktemp("sidecar")
+    build(folder, jsonl(folder / "docs.jsonl", TEXTS[:60]), transform="caseops", pairs=True, val_docs=10, shard_tokens=1000, vocab_size=330)
+    return folder / "datasets/toy"
+
+
+@given(st.data())
+def test_any_shard_truncated_or_altered_at_any_byte_is_refused_with_its_name(with_sidecar, data):
+    path = data.draw(st.sampled_from(sorted(with_sidecar.glob("*.bin"))))
+    good = path.read_bytes()
+    at, flip, cut = data.draw(st.integers(0, len(good) - 1)), data.draw(st.integers(1, 255)), data.draw(st.booleans())
+    path.write_bytes(good[:at] if cut else good[:at] + bytes([good[at] ^ flip]) + good[at + 1:])
+    try:
+        problems = prepare.verify(with_sidecar, **QUIET)
+        assert problems and all(path.name in p for p in problems)
+    finally:
+        path.write_bytes(good)
+
+
+@pytest.mark.parametrize("name, change, message", [
+    ("fineweb_train_000000.bin", lambda p: p.unlink(), "fineweb_train_000000.bin: missing"),
+    ("manifest.json", lambda p: p.unlink(), "manifest.json is missing"),
+    ("manifest.json", lambda p: p.write_bytes(p.read_bytes()[:-9]), "manifest.json is missing or damaged"),
+    ("fineweb_train_000099.bin", lambda p: write_shard(p, [1, 5]), "fineweb_train_000099.bin: not in the manifest"),
+    ("../../tokenizers/toy.model", lambda p: p.write_bytes(b"x" + p.read_bytes()[1:]), "toy.model: its sha256")])
+def test_verify_names_what_is_wrong(with_sidecar, tmp_path, name, change, message):
+    shutil.copytree(with_sidecar.parent.parent, tmp_path / "copy")
+    folder = tmp_path / "copy/datasets/toy"
+    assert prepare.verify(folder, **QUIET) == []
+    change(folder / name)
+    assert message in "\n".join(prepare.verify(folder, **QUIET))
+
+
+def test_verify_proves_disjointness_from_the_bytes_alone(with_sidecar, tmp_path):
+    """A leak with a manifest that swears otherwise."""
+    shutil.copytree(with_sidecar.parent.parent, tmp_path / "copy")
+    folder = tmp_path / "copy/datasets/toy"
+    leak = list(shards.documents(shards.split_paths(folder, "val")))[-1]
+    last = shards.split_paths(folder, "train")[-1]
+    write_shard(last, np.concatenate([shards.read_shard(last), leak]))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entry = manifest["train"]["shards"][-1]
+    entry.update(shards.file_entry(last, folder), tokens=entry["tokens"] + len(leak), documents=entry["documents"] + 1)
+    manifest["train"].update(tokens=manifest["train"]["tokens"] + len(leak), documents=manifest["train"]["documents"] + 1)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert prepare.verify(folder, **QUIET) == [f"{folder}: 1 training documents are validation documents"]
+
+
+def test_documents_on_both_sides_leave_training_and_are_counted(tmp_path):
+    texts = TEXTS[:60] + ["  " + TEXTS[3].replace(" ", "\n"), TEXTS[7], *TEXTS[60:90], TEXTS[70]]  # same tokens; train twice is no leak
+    manifest = build(tmp_path, jsonl(tmp_path / "docs.jsonl", texts))
+    assert manifest["disjoint"]["train_dropped"] == 2 and manifest["train"]["documents"] == 60 + 30 + 1 - 50
+    assert prepare.verify(tmp_path / "datasets/toy", **QUIET) == []
+
+
+def test_sidecars_match_their_shards_and_count_the_original_bytes(with_sidecar):
+    manifest = json.loads((with_sidecar / "manifest.json").read_text())
+    coder = vocabulary.Coder((with_sidecar.parent.parent / "tokenizers/toy.model").read_bytes(), "caseops", pairs=True)
+    tokens, sizes = (np.concatenate([shards.read_shard(p) for p in shards.split_paths(with_sidecar, kind)]) for kind in ("val", "val_bytes"))
+    assert len(tokens) == len(sizes) and not list(with_sidecar.glob("fineweb_train_bytes*"))
+    starts = np.flatnonzero(tokens == 1)
+    per_document = [int(part.sum()) for part in np.split(sizes, starts[1:])]
+    assert per_document == [len(coder.sp.normalize(t).replace("\u2581", " ").encode()) for t in TEXTS[:10]]
+    assert manifest["val"]["bytes"] == sum(per_document)
+
+
+def test_bpb_from_sidecar_and_table_agree_where_both_apply(tmp_path):
+    """On untransformed text, through train_gpt.py's own table."""
+    build(tmp_path, jsonl(tmp_path / "docs.jsonl", TEXTS), sidecar=True)
+    folder, tg = tmp_path / "datasets/toy", trainer()
+    tokens, sizes = (np.concatenate([shards.read_shard(p) for p in shards.split_paths(folder, kind)]) for kind in ("val", "val_bytes"))
+    table = tg.Tokenizer(tmp_path / "tokenizers/toy.model", 400).count_bytes(tokens)
+    nats = np.random.default_rng(0).random(len(tokens) - 1)
+    assert nats.sum() / np.log(2) / table.sum() == nats.sum() / np.log(2) / sizes[1:].astype(np.int64).sum()
+    assert (table == sizes[1:]).all()
+
+
+@pytest.mark.parametrize("transform, lossy", [("none", False), ("casefold", True), ("caseops", False)])
+def test_the_manifest_says_what_is_lossy(tmp_path, transform, lossy):
+    manifest = build(tmp_path, jsonl(tmp_path / "docs.jsonl", TEXTS), transform=transform)
+    assert manifest["transform"]["lossy"] is lossy and manifest["transform"]["name"] == transform
+    sidecars = [e["sidecar"]["path"] for e in manifest["val"]["shards"] if "sidecar" in e]
+    assert sidecars == [e["path"].replace("val_", "val_bytes_") for e in manifest["val"]["shards"] if transform == "caseops"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The same bytes, whatever happens
+# ----------------------------------------------------------------------------------------------------------------------
+def test_the_number_of_workers_does_not_matter(toy, tmp_path, units_of_2k):
+    folder, _ = toy
+    for workers in (1, 3):
+        build(tmp_path / str(workers), folder / "docs.jsonl", workers=workers)
+        assert contents(tmp_path / str(workers)) == contents(folder / "data")
+
+
+@pytest.mark.parametrize("more", [{}, dict(transform="caseops", pairs=True)])
+def test_interrupted_anywhere_and_started_again_gives_the_same_bytes(tmp_path, units_of_2k, monkeypatch, more):
+    source = jsonl(tmp_path / "docs.jsonl", TEXTS)
+    build(tmp_path / "whole", source, **more)
+    monkeypatch.setattr(prepare, "STATE_SECONDS", 0.0)
+    add, plan = prepare.Build.add, random.Random(1)
+
+    def tired(self, unit, coded):
+        if plan.random() < 0.25:
+            if plan.random() < 0.5:  # after the writing, before the state: what the state does not know is cut off
+                add(self, unit, coded)
+            raise KeyboardInterrupt
+        add(self, unit, coded)
+
+    monkeypatch.setattr(prepare.Build, "add", tired)
+    for tries in itertools.count(1):
+        try:
+            build(tmp_path / "parts", source, **more)
+            break
+        except KeyboardInterrupt:
+            assert not (tmp_path / "parts/datasets/toy").exists(), "nothing is visible before all of it is there"
+    assert tries > 3 and contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+RUN = """
+    import sys, time, sources, prepare
+    sources.UNIT_BYTES, prepare.STATE_SECONDS = 2000, 0.0
+    add = prepare.Build.add
+    prepare.Build.add = lambda *args: (time.sleep(0.02), add(*args))
+    if __name__ == "__main__":
+        sys.exit(prepare.main(sys.argv[1:]))
+"""
+
+
+def run_killed(folder: Path, source: Path, seconds: float, workers: int) -> int:
+    """prepare.py in its own process, SIGKILLed after so many seconds; its exit status."""
+    (folder / "run.py").write_text(textwrap.dedent(RUN))
+    command = [sys.executable, str(folder / "run.py"), str(source), "--name", "toy", "--vocab-size", "400", "--val-docs", "50",
+               "--shard-tokens", "3000", "--tokenizer-bytes", "20000", "--data-dir", str(folder / "out"), "--workers", str(workers)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "data"), "OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        return run.wait(seconds)
+    except subprocess.TimeoutExpired:
+        run.send_signal(signal.SIGKILL)
+        return run.wait()
+
+
+def test_killed_at_random_moments_and_started_again_gives_the_same_bytes(toy, tmp_path):
+    folder, rng, kills = toy[0], random.Random(3), 0
+    for attempt in range(5):
+        status = run_killed(tmp_path, folder / "docs.jsonl", rng.uniform(0.3, 0.9), workers=1 + attempt % 2)
+        kills += status == -signal.SIGKILL
+    assert kills, "no kill came in time"
+    assert run_killed(tmp_path, folder / "docs.jsonl", 60, workers=1) == 0
+    assert contents(tmp_path / "out") == contents(folder / "data")
+
+
+def test_a_kill_while_files_are_moved_into_place_is_mended(toy, tmp_path, monkeypatch):
+    replace, left = os.replace, [3]
+
+    def dying(a, b):
+        if "000" in Path(b).name:
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+        replace(a, b)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", dying)
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path, toy[0] / "docs.jsonl")
+    assert not (tmp_path / "datasets/toy/manifest.json").exists()
+    build(tmp_path, toy[0] / "docs.jsonl")
+    assert contents(tmp_path) == contents(toy[0] / "data")
+
+
+def test_a_second_process_is_refused(tmp_path, toy):
+    places = prepare.Places.of(tmp_path, "toy")
+    places.work.mkdir(parents=True)
+    with prepare.only_one(places.work), pytest.raises(prepare.PrepareError, match="another process is at work"):
+        build(tmp_path, toy[0] / "docs.jsonl")
+
+
+def test_a_worker_that_dies_is_said(tmp_path, toy, monkeypatch):
+    class Broken:
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, *_):
+            raise prepare.BrokenProcessPool
+
+        def shutdown(self, **_):
+            pass
+
+    monkeypatch.setattr(prepare, "ProcessPoolExecutor", Broken)
+    with pytest.raises(prepare.PrepareError, match="a worker process died.*start this again"):
+        build(tmp_path, toy[0] / "docs.jsonl", workers=2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sources
+# ----------------------------------------------------------------------------------------------------------------------
+def pack(path: Path) -> list[Path]:
+    """The same file in every packing."""
+    import zstandard
+    data, packed = path.read_bytes(), []
+    for suffix, press in {".xz": lzma.compress, ".gz": gzip.compress, ".bz2": bz2.compress, ".zst": zstandard.compress}.items():
+        packed.append(path.with_name(path.name + suffix))
+        packed[-1].write_bytes(press(data))
+    return packed
+
+
+def test_every_format_gives_the_same_shards(tmp_path, units_of_2k):
+    model = tmp_path / "m.model"
+    model.write_bytes(MODELS["none"])
+    files = [jsonl(tmp_path / "docs.jsonl", TEXTS), tmp_path / "docs.txt"]
+    files[1].write_text("\n---\n".join(TEXTS))
+    files += pack(files[0])
+    try:
+        import pyarrow
+        import pyarrow.parquet
+        pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS, "id": range(len(TEXTS))}), tmp_path / "docs.parquet")
+        files.append(tmp_path / "docs.parquet")
+    except ImportError:
+        pass
+    results = []
+    for i, file in enumerate(files):
+        build(tmp_path / str(i), file, tokenizer=model, separator="---" if file.suffix == ".txt" else "")
+        results.append({k: v for k, v in contents(tmp_path / str(i)).items() if k.endswith(".bin")})
+    assert len(results) >= 6 and all(result == results[0] for result in results)
+
+
+def test_several_files_and_folders_are_read_in_order(tmp_path):
+    (tmp_path / "in").mkdir()
+    jsonl(tmp_path / "in/b.jsonl", TEXTS[100:])
+    jsonl(tmp_path / "in/a.jsonl", TEXTS[:100])
+    (tmp_path / "in/picture.png").write_bytes(b"no text")
+    (tmp_path / "m.model").write_bytes(MODELS["none"])
+    units = list(sources.Source([tmp_path / "in"]).units())
+    assert [t for u in units for t in sources.texts(u, "text", Counter())] == TEXTS
+    manifest = build(tmp_path / "data", tmp_path / "in", tokenizer=tmp_path / "m.model")
+    assert [(e["name"], e["sha256"]) for e in manifest["source"]["files"]] == [
+        (n, shards.sha256_file(tmp_path / "in" / n)) for n in ("a.jsonl", "b.jsonl")]
+
+
+ODD = [{"text": ""}, {"text": " \n "}, {"text": None}, {"id": 3}, {"text": 5}, {"text": "a\0b NUL"}, {"text": "lone \ud800 surrogate"},
+       {"text": "a pair \ud83d\udc4d"}, "a bare string", {"text": "\u200b"}]
+
+
+def odd_file(path: Path) -> Path:
+    lines = [json.dumps(record).encode() for record in ODD] + [b"", b'{"text": "bad \xff byte"}', b'{"text": "utf-8 surrogate \xed\xa0\x80"}']
+    path.write_bytes(b"\n".join([*lines, *(json.dumps({"text": t}).encode() for t in TEXTS[:100])]))
+    return path
+
+
+@pytest.mark.parametrize("transform, pairs", [("none", False), ("caseops", True)])
+def test_odd_documents_are_handled_and_counted(tmp_path, transform, pairs):
+    manifest = build(tmp_path, odd_file(tmp_path / "odd.jsonl"), transform=transform, pairs=pairs, val_docs=20)
+    assert manifest["mended"] == {"with NUL": 1, "with invalid UTF-8": 2, "with lone surrogates": 1, "without text, left out": 7}
+    coder = vocabulary.Coder((tmp_path / "tokenizers/toy.model").read_bytes(), transform, pairs)
+    got = [coder.decode(d) for d in shards.documents(shards.split_paths(tmp_path / "datasets/toy", "val"))]
+    assert got[:6] == ["a\0b NUL", "lone surrogate", "a pair 👍", "a bare string", "bad byte", "utf-8 surrogate"]  # U+FFFD is a space
+    assert manifest["val"]["documents"] == 20 - 7, "documents are numbered as they stand in the source, those without text too"
+
+
+def test_a_long_line_is_one_document(tmp_path):
+    text = "word " * 400_000 + "X" * 300_000
+    manifest = build(tmp_path, jsonl(tmp_path / "docs.jsonl", [text, *TEXTS]), shard_tokens=10**6)
+    assert manifest["val"]["document_tokens"]["max"] > 400_000 and manifest["val"]["source_bytes"] > 2_300_000
+
+
+def test_a_text_file_is_a_document_and_a_huge_one_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "TEXT_BYTES", 5000)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 2000)
+    (tmp_path / "book.txt").write_text("\n".join(TEXTS))
+    units = list(sources.Source([tmp_path / "book.txt"]).units())
+    parts = [text for u in units for text in u.data]
+    assert b"".join(parts).decode() == "\n".join(TEXTS) and len(parts) > 3 and all(p.endswith(b"\n") for p in parts[:-1])
+
+
+def test_broken_sources_are_named(tmp_path):
+    good = jsonl(tmp_path / "docs.jsonl", TEXTS)
+    (tmp_path / "broken.jsonl").write_bytes(good.read_bytes()[:-9])
+    (tmp_path / "cut.jsonl.xz").write_bytes(lzma.compress(good.read_bytes())[:-40])
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(good.read_bytes())[:-40])
+    (tmp_path / "x.bin").write_bytes(b"1")
+    for name, message in [("broken.jsonl", "document 399, line 400: not JSON"), ("cut.jsonl.xz", "cut.jsonl.xz is damaged"),
+                          ("cut.jsonl.gz", "cut.jsonl.gz is damaged"), ("none.jsonl", "none.jsonl is missing"), ("x.bin", "x.bin: unknown kind")]:
+        with pytest.raises(sources.SourceError, match=message):
+            build(tmp_path / "data", tmp_path / name)
+    assert not list((tmp_path / "data").rglob("fineweb_*_0*.bin")) or not (tmp_path / "data/datasets/toy").exists()
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n"), max_size=20), min_size=1, max_size=8), st.integers(1, 40), st.data())
+def test_units_hold_every_document_once_however_they_are_cut(texts, size, data):
+    raw = b"".join(json.dumps(t).encode() + b"\n" for t in texts)
+    saved, sources.UNIT_BYTES = sources.UNIT_BYTES, size
+    try:
+        pieces, first = [], 0
+        for piece in sources.jsonl_units(io.BytesIO(raw)):
+            pieces.append(sources.Unit(first, piece))
+            first += pieces[-1].count
+    finally:
+        sources.UNIT_BYTES = saved
+    borders = data.draw(st.lists(st.integers(0, len(texts) + 1), max_size=3))
+    units = list(prepare.cut_units(pieces, borders))
+    assert [t for u in units for t in sources.texts(u, "text", Counter())] == texts
+    assert [u.first for u in units] == list(itertools.accumulate([u.count for u in units], initial=0))[:-1]
+    assert not any(u.first < border < u.first + u.count for u in units for border in borders)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The border between validation and training
+# ----------------------------------------------------------------------------------------------------------------------
+def test_the_challenges_documents_are_split_as_the_challenge_splits_them(tmp_path):
+    source = jsonl(tmp_path / "docs_selected.jsonl", TEXTS)
+    with pytest.raises(prepare.PrepareError, match="--val-docs 50: these are the challenge's documents, whose first 50,000"):
+        build(tmp_path, source)
+    jsonl(tmp_path / "renamed.jsonl", TEXTS)
+    (tmp_path / "docs_selected.source_manifest.json").write_text("{}")
+    with pytest.raises(prepare.PrepareError, match="first 50,000"):
+        build(tmp_path, tmp_path / "renamed.jsonl")
+
+
+def test_documents_that_are_not_the_published_ones_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "CHALLENGE_VAL_DOCS", 50)
+    source = jsonl(tmp_path / "docs_selected.jsonl", TEXTS)
+    said = tmp_path / "docs_selected.source_manifest.json"
+    said.write_text(json.dumps({"num_docs": 400, "docs_sha256": "0" * 64}))
+    with pytest.raises(prepare.PrepareError, match="is not what docs_selected.source_manifest.json beside it describes"):
+        build(tmp_path, source)
+    said.write_text(json.dumps({"num_docs": 400, "docs_sha256": shards.sha256_file(source)}))
+    assert build(tmp_path, source)["source"]["challenge"] is True
+
+
+def test_too_few_documents_are_said(tmp_path):
+    with pytest.raises(prepare.PrepareError, match="no train documents: the source has 400, the first --val-docs 400"):
+        build(tmp_path, jsonl(tmp_path / "docs.jsonl", TEXTS), val_docs=400, tokenizer=save(tmp_path))
+    with pytest.raises(prepare.PrepareError, match="tokenizer: "):
+        build(tmp_path / "b", jsonl(tmp_path / "docs.jsonl", TEXTS), val_docs=400)
+
+
+def save(folder: Path) -> Path:
+    (folder / "given.model").write_bytes(MODELS["none"])
+    return folder / "given.model"
+
+
+def test_the_tokenizer_is_not_trained_on_validation_text(tmp_path):
+    one = build(tmp_path / "a", jsonl(tmp_path / "docs.jsonl", TEXTS))
+    other = build(tmp_path / "b", jsonl(tmp_path / "docs.jsonl", [*make_texts(50, seed=9), *TEXTS[50:]]))
+    assert one["tokenizer"]["sha256"] == other["tokenizer"]["sha256"] and one["val"] != other["val"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+def test_command_line(tmp_path, capsys):
+    source = jsonl(tmp_path / "docs.jsonl", TEXTS)
+    args = [str(source), "--vocab-size", "260", "--val-docs", "50", "--data-dir", str(tmp_path), "--workers", "1"]
+    assert prepare.main(args) == 0
+    out = capsys.readouterr().out
+    assert f"DATA_PATH={tmp_path / 'datasets/docs_byte260'}" in out and "VOCAB_SIZE=260" in out and "no document is in both splits" in out
+    tokens = np.concatenate(list(shards.documents(shards.split_paths(tmp_path / "datasets/docs_byte260", "val"))))
+    assert len(tokens) == 50 + sum(len(t.encode()) for t in TEXTS[:50]), "byte260: a token a byte, nothing folded"
+    assert prepare.main(["--verify", str(tmp_path / "datasets/docs_byte260")]) == 0
+    (tmp_path / "datasets/docs_byte260/fineweb_val_000000.bin").write_bytes(b"")
+    assert prepare.main(["--verify", str(tmp_path / "datasets/docs_byte260")]) == 1
+    assert "fineweb_val_000000.bin: 0 bytes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("args, message", [
+    ([], "name the files to read"), (["x.jsonl", "--vocab-size", "100"], "260 to 65536"), (["x.jsonl", "--val-docs", "0"], "--val-docs must be"),
+    (["x.jsonl"], "x.jsonl is missing"), (["x.jsonl", "--tokenizer", "no.model"], "no.model is missing")])
+def test_wrong_commands_are_refused(args, message):
+    with pytest.raises(SystemExit, match=message):
+        prepare.main(args)
+
+
+def test_time_stamps_and_paths_do_not_get_into_the_files(toy, tmp_path):
+    shutil.copytree(toy[0], tmp_path / "moved")
+    time.sleep(0.01)
+    again = build(tmp_path / "data", tmp_path / "moved/docs.jsonl")
+    assert again == toy[1]
