@@ -1,0 +1,169 @@
+"""What a tokenizer makes of a corpus, from shards and the tokenizer alone: a table, and a picture.
+
+    python data/report.py data/datasets/local_sp1024 --tokenizer data/tokenizers/local_1024_bpe.model --picture report.png
+
+Works on any shards of the contest's format, downloaded ones too; where a manifest names the tokenizer, --tokenizer can be left out.
+Bytes are those of the text that the tokens stand for, by the sidecar where there is one. A document with few bytes a token is one
+that the vocabulary does not know: another language, a table, a list of numbers.
+"""
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from shards import ShardError, documents, read_json, read_shard, split_paths
+from vocabulary import Coder
+
+WORST = 5
+LEAST_TOKENS = 32  # of a document that is called the worst: short ones are odd by chance
+RARE = 100  # a piece seen less often has hardly been trained
+EXCERPT = 64  # tokens
+
+
+class Stats:
+    """Counts over the documents of one split; memory grows by two numbers a document, no more."""
+
+    def __init__(self, vocab_size: int):
+        self.used = np.zeros(vocab_size, np.int64)
+        self.tokens: list[int] = []
+        self.bytes: list[int] = []
+        self.worst: list[tuple[float, int, list[int]]] = []  # a heap: (-bytes a token, -number, first tokens)
+
+    def add(self, tokens: np.ndarray, size: int) -> None:
+        """One document: tokens [n] with BOS, and its bytes."""
+        self.used += np.bincount(tokens, minlength=len(self.used))
+        number = len(self.tokens)
+        self.tokens.append(len(tokens))
+        self.bytes.append(size)
+        if len(tokens) >= LEAST_TOKENS:
+            heapq.heappush(self.worst, (-size / len(tokens), -number, tokens[:EXCERPT].tolist()))
+            if len(self.worst) > WORST:
+                heapq.heappop(self.worst)
+
+    def table(self) -> dict[str, int | float]:
+        """name -> figure."""
+        counts, sizes = np.array(self.tokens), np.array(self.bytes)
+        share = np.sort(self.used)[::-1].cumsum() / counts.sum()
+        spread = {"median": 50, "90 %": 90, "99 %": 99, "most": 100}
+        return {
+            "documents": len(counts), "tokens": int(counts.sum()), "bytes of text": int(sizes.sum()),
+            "bytes per token": round(float(sizes.sum() / counts.sum()), 4),
+            **{f"tokens per document, {name}": int(np.percentile(counts, q)) for name, q in spread.items()},
+            "pieces never used": int((self.used == 0).sum()), f"pieces used under {RARE} times": int((self.used < RARE).sum()),
+            "pieces that make half of the tokens": int(np.searchsorted(share, 0.5) + 1),
+        }
+
+    def worst_documents(self, coder: Coder) -> list[dict]:
+        """The documents with the fewest bytes a token, the worst first: number, bytes a token, and how they begin."""
+        return [{"document": -number, "bytes per token": round(-score, 3), "begins": coder.decode(tokens)[:60]}
+                for score, number, tokens in sorted(self.worst, reverse=True)]
+
+
+def sized(folder: Path, split: str, coder: Coder) -> Iterator[tuple[np.ndarray, int]]:
+    """(tokens, bytes) of each document of a split."""
+    sidecars = split_paths(folder, f"{split}_bytes")
+    entries = np.concatenate([read_shard(path) for path in sidecars]) if sidecars else None
+    at = 0
+    for tokens in documents(split_paths(folder, split)):
+        if int(tokens.max()) >= len(coder.pieces):
+            raise ShardError(f"{folder}: token {int(tokens.max())}, but the tokenizer has {len(coder.pieces)} pieces")
+        sizes = coder.table.sizes(tokens) if entries is None else entries[at:at + len(tokens)]
+        at += len(tokens)
+        yield tokens, int(sizes.sum(dtype=np.int64))
+    if entries is not None and at != len(entries):
+        raise ShardError(f"{folder}: {at} {split} tokens, but sidecars for {len(entries)}")
+
+
+def open_coder(folder: Path, given: Path | None) -> Coder:
+    """The tokenizer of a data set, with its transform. ShardError if nothing names it."""
+    manifest = read_json(folder / "manifest.json") or {}
+    path = given or folder.parent.parent / manifest.get("tokenizer", {}).get("path", "nothing")
+    if not path.is_file():
+        raise ShardError(f"{folder}: no manifest names the tokenizer; give --tokenizer")
+    transform = manifest.get("transform", {"name": "none", "pairs": []})
+    return Coder(path.read_bytes(), transform["name"], bool(transform["pairs"]))
+
+
+def report(folder: Path, tokenizer: Path | None = None) -> tuple[dict[str, Stats], Coder]:
+    """Counts of each split that is there. ShardError if none is, or if shards and tokenizer do not fit."""
+    coder = open_coder(folder, tokenizer)
+    stats = {}
+    for split in ("train", "val"):
+        one = Stats(len(coder.pieces))
+        for tokens, size in sized(folder, split, coder):
+            one.add(tokens, size)
+        if one.tokens:
+            stats[split] = one
+    if not stats:
+        raise ShardError(f"{folder}: no shards")
+    return stats, coder
+
+
+def show(stats: dict[str, Stats], coder: Coder) -> str:
+    """The table as Markdown, and the worst documents."""
+    tables = {split: one.table() for split, one in stats.items()}
+    lines = ["| | " + " | ".join(tables) + " |", "|---" * (len(tables) + 1) + "|"]
+    for name in next(iter(tables.values())):
+        lines.append(f"| {name} | " + " | ".join(f"{table[name]:,}" for table in tables.values()) + " |")
+    for split, one in stats.items():
+        lines += ["", f"{split}: documents with the fewest bytes a token"]
+        lines += [f"  {w['bytes per token']:.3f}  {w['document']:>9,}  {w['begins']!r}" for w in one.worst_documents(coder)]
+    return "\n".join(lines)
+
+
+def draw(stats: dict[str, Stats], path: Path, title: str) -> None:
+    """Lengths of documents, bytes a token of documents, and use of the vocabulary, side by side in one picture."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, (lengths, ratio, use) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    for split, one in stats.items():
+        counts, sizes = np.array(one.tokens), np.array(one.bytes)
+        lengths.hist(counts, np.geomspace(1, counts.max() + 1, 60), density=True, histtype="step", label=split)
+        ratio.hist(sizes / counts, 80, density=True, histtype="step", label=split)
+        use.loglog(np.arange(1, len(one.used) + 1), np.maximum(np.sort(one.used)[::-1], 0.5), label=split)
+    lengths.set(xscale="log", xlabel="tokens of a document", ylabel="density")
+    ratio.set(xlabel="bytes a token of a document", ylabel="density")
+    use.axhline(RARE, color="grey", linestyle=":")
+    use.set(xlabel="pieces by rank", ylabel="times used (0.5: never)")
+    for axes in (lengths, ratio, use):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0 when the report was made."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder of fineweb_{train,val}_*.bin")
+    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model; default: the one that the manifest names")
+    parser.add_argument("--picture", type=Path, help="write a picture there (needs matplotlib)")
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    args = parser.parse_args(argv)
+    try:
+        stats, coder = report(args.folder, args.tokenizer)
+    except (ShardError, ValueError) as error:
+        raise SystemExit(f"report: error: {error}") from error
+    print(show(stats, coder))
+    if args.json:
+        figures = {split: one.table() | {"worst": one.worst_documents(coder)} for split, one in stats.items()}
+        args.json.write_text(json.dumps(figures, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if args.picture:
+        try:
+            draw(stats, args.picture, f"{args.folder.name}, {len(coder.pieces):,} pieces")
+        except ImportError:
+            raise SystemExit("--picture needs matplotlib; pip install -r data/requirements.txt") from None
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
