@@ -36,7 +36,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import runs
-import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL = 0.2  # seconds between looks at the runs
@@ -197,7 +196,7 @@ class Sweep:
         """Remember every run's knobs; Refused if one that exists was made with others."""
         file, plan = self.folder / "sweep.json", {j.id: dict(j.knobs) for j in self.spec.jobs}
         before = json.loads(file.read_text()) if file.is_file() else {}
-        for id in plan.keys() & before.keys():
+        for id in sorted(plan.keys() & before.keys()):
             if plan[id] != before[id] and (self.logs / f"{id}.jsonl").is_file():
                 raise Refused(f"{id} was run with other knobs than the spec has now; give the sweep another name")
         part = file.with_suffix(".part")
@@ -350,6 +349,8 @@ class Row:
 
 def summarise(sweep: Sweep, mode: str | None = None) -> list[Row]:
     """A row a setting, the control first; scores are each run's best pass, or those of `mode`."""
+    import stats  # only now: a sweep that is killed and started again should not wait for scipy
+
     def score(run):
         return (run.scores[mode] if mode else run.final).bpb
 

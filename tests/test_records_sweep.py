@@ -1,0 +1,261 @@
+"""records/sweep.py: what a spec means, and that a sweep killed at any moment runs nothing twice and loses nothing.
+
+The program here is a stand-in that writes the events that the tools read, and counts how often it was started and how
+often it came to its end; the tutorial's test sweeps the real one.
+"""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from records_lab import RECORDS, environment
+
+import sweep
+
+PROGRAM = '''
+import json, os, pathlib, sys, time
+env = os.environ
+name, folder = env["RUN_ID"], pathlib.Path(env["ARTIFACT_DIR"])
+def told(file):
+    with open(file, "a") as f:
+        f.write(name + "\\n")
+told("starts.txt")
+with open(folder / f"{name}.jsonl", "a", buffering=1) as log:
+    def event(kind, **fields):
+        log.write(json.dumps({"event": kind, "t": 0, **fields}) + "\\n")
+    event("config", recipe=env.get("GAIN", "0"), source="0", world=1, seed=int(env["SEED"]), train_batch_tokens=64)
+    event("validation", documents=3, tokens=100, bytes=200, sha256="f")
+    for step in range(1, 6):
+        time.sleep(float(env.get("PACE", "0.02")))
+        event("train", step=step, loss=5.0 - 0.1 * step, norm=1.0, seconds=0.1 * step)
+    if env.get("FAIL"):
+        print("what went wrong"), sys.exit(3)
+    score = {"val_bpb": 2.0 - float(env.get("GAIN", "0")) + 0.1 * int(env["SEED"]) ** 2, "val_loss": 3.0, "seconds": 1.0, "verdict": ""}
+    event("score", name="full", **score)
+    event("size", total=1000, model=900, coarser=1.0, code=100)
+    event("spans", wall=1.0, train=0.5)
+    told("ends.txt")
+    event("result", run=name, results={"full": score}, bytes_total=1000, failures=[], seed=int(env["SEED"]), recipe="0")
+'''
+
+SPEC = '''
+name = "kill"
+seeds = [1, 2, 3]
+[base]
+PACE = 0.06
+[settings.better]
+GAIN = 0.05
+[settings.worse]
+GAIN = -0.01
+'''
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A checkout with the stand-in program and a spec."""
+    (tmp_path / "train_gpt.py").write_text(PROGRAM)
+    (tmp_path / "spec.toml").write_text(SPEC)
+    return tmp_path
+
+
+def command(place, *more):
+    return [sys.executable, str(RECORDS / "sweep.py"), str(place / "spec.toml"), "--root", str(place), "--out", str(place / "out"), *more]
+
+
+def start(place, *more):
+    return subprocess.Popen(command(place, *more), cwd=place, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def run(place, *more):
+    return subprocess.run(command(place, *more), cwd=place, env=environment(), text=True, capture_output=True, timeout=120)
+
+
+def told(place, file):
+    path = place / file
+    return Counter(path.read_text().split()) if path.exists() else Counter()
+
+
+def results(place, name="kill"):
+    return {r["setting"]: r for r in json.loads((place / "out" / name / "results.json").read_text())}
+
+
+IDS = {f"{s}.s{i}" for s in ("control", "better", "worse") for i in (1, 2, 3)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Specs
+# ----------------------------------------------------------------------------------------------------------------------
+def spec_of(tmp_path, text):
+    (tmp_path / "s.toml").write_text(text)
+    return sweep.read_spec(tmp_path / "s.toml")
+
+
+def test_settings_change_the_base(tmp_path):
+    spec = spec_of(tmp_path, 'seeds=[5, 6]\n[base]\nA=1\nB="x"\n[settings.one]\nB="y"\n[settings.two]\nTTT_ENABLED=false\n')
+    assert spec.name == "s" and spec.settings == {
+        "control": {"A": "1", "B": "x"}, "one": {"A": "1", "B": "y"}, "two": {"A": "1", "B": "x", "TTT_ENABLED": "0"}}
+    # whole pairs first
+    assert [j.id for j in spec.jobs] == ["control.s5", "one.s5", "two.s5", "control.s6", "one.s6", "two.s6"]
+
+
+def test_grid_is_all_combinations_and_its_first_is_the_control(tmp_path):
+    spec = spec_of(tmp_path, "seeds=[1]\n[base]\nC=3\n[grid]\nA=[1, 2]\nB=[0.1, 0.2]\n")
+    assert spec.settings == {"control": {"C": "3", "A": "1", "B": "0.1"}, "B=0.2": {"C": "3", "A": "1", "B": "0.2"},
+                             "A=2": {"C": "3", "A": "2", "B": "0.1"}, "A=2,B=0.2": {"C": "3", "A": "2", "B": "0.2"}}
+
+
+@pytest.mark.parametrize("text, words", [
+    ("seeds=[1, 1]\n[grid]\nA=[1, 2]", "different whole numbers"), ("seed=[1]\n[grid]\nA=[1, 2]", "seed means nothing here"),
+    ("seeds=[1]\n[base]\nA=1", "needs a setting or a grid"), ("seeds=[1]\n[grid]\nSEED=[1, 2]", "the sweep's own"), ("seeds=[", "s.toml")])
+def test_wrong_specs_are_refused(tmp_path, text, words):
+    with pytest.raises(sweep.Refused, match=words):
+        spec_of(tmp_path, text)
+
+
+@pytest.mark.parametrize("visible, per_run, expected", [
+    ("0,1,2,3", 1, ["0", "1", "2", "3"]), ("4,5,6,7", 2, ["4,5", "6,7"]), ("0,1,2", 2, ["0,1"])])
+def test_one_place_a_gpu_or_a_group_of_them(monkeypatch, visible, per_run, expected):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert sweep.slots(1, per_run) == [{"CUDA_VISIBLE_DEVICES": g} for g in expected]
+
+
+def test_places_without_a_gpu_share_the_cores(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert sweep.slots(3, 1) == [{"OMP_NUM_THREADS": "2"}] * 3
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(sweep.Refused, match="2 GPUs a run, but 1 here"):
+        sweep.slots(1, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Running
+# ----------------------------------------------------------------------------------------------------------------------
+def test_whole_sweep(place):
+    done = run(place, "--slots", "3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert told(place, "starts.txt") == told(place, "ends.txt") == Counter(IDS)
+    rows = results(place)
+    assert rows["better"]["paired"]["mean"] == pytest.approx(-0.05) and rows["worse"]["paired"]["mean"] == pytest.approx(0.01)
+    # seeds differ widely, and pairing takes that out: the interval is a point here
+    assert rows["better"]["sd"] > 0.3 and rows["better"]["paired"]["high"] == pytest.approx(-0.05)
+    folder = place / "out" / "kill"
+    assert "| better | 3 | 2.416667 |" in (folder / "results.md").read_text() and (folder / "sweep.png").stat().st_size > 5000
+    assert "min left" in done.stdout
+
+
+def test_starting_again_runs_nothing(place):
+    run(place, "--slots", "3")
+    again = run(place)
+    assert again.returncode == 0 and told(place, "starts.txt") == Counter(IDS) and "9 of 9 are there, 0 to run" in again.stdout
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("how", ["sweep killed", "sweep and runs killed", "sweep told to end"])
+def test_killed_at_a_random_moment(place, how, seed):
+    """Twice killed, then left alone: every run comes to its end exactly once, and no finished one starts again."""
+    rng = random.Random(f"{how}{seed}")
+    for _ in range(2):
+        live = start(place, "--slots", "2")
+        time.sleep(rng.uniform(0.2, 2.0))
+        if how == "sweep told to end":
+            live.send_signal(signal.SIGTERM)
+            live.wait(20)
+        else:
+            live.kill()
+            live.wait()
+            if how == "sweep and runs killed":
+                kill_runs(place)
+    last = run(place, "--slots", "2")
+    assert last.returncode == 0, last.stdout + last.stderr
+    starts, ends = told(place, "starts.txt"), told(place, "ends.txt")
+    assert ends == Counter(IDS), "no run ended twice, and none is missing"
+    assert set(results(place)) == {"control", "better", "worse"} and all(r["n"] == 3 for r in results(place).values())
+    if how == "sweep killed":
+        assert starts == Counter(IDS), "runs outlive their sweep and are adopted, so none starts twice"
+    # two places, killed twice: no more than four runs can have been cut off
+    assert sum(starts.values()) <= len(IDS) + 4
+
+
+def kill_runs(place):
+    """SIGKILL what the sweep had started: processes whose program lies in this place."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if str(place / "out") in (entry / "cmdline").read_text():
+                    os.kill(int(entry.name), signal.SIGKILL)
+            except (OSError, ProcessLookupError):
+                continue
+
+
+def test_what_was_cut_off_is_set_aside(place):
+    live = start(place)
+    while not told(place, "starts.txt")["control.s1"]:
+        time.sleep(0.02)
+    live.send_signal(signal.SIGTERM)
+    assert live.wait(20) == 128 + signal.SIGTERM
+    assert not told(place, "ends.txt")
+    run(place, "--slots", "3")
+    assert told(place, "starts.txt")["control.s1"] == 2 and told(place, "ends.txt")["control.s1"] == 1
+    assert (place / "out/kill/failed/control.s1.1/control.s1.jsonl").is_file(), "the first attempt's log is kept"
+    assert (place / "out/kill/logs/control.s1.jsonl").read_text().count('"config"') == 1
+
+
+def test_two_sweeps_do_not_share_a_folder(place):
+    live = start(place)
+    while not told(place, "starts.txt"):
+        time.sleep(0.02)
+    assert "another sweep is at work there" in run(place).stderr
+    live.send_signal(signal.SIGTERM)
+    live.wait(20)
+
+
+def test_failures_are_kept_and_not_repeated(place):
+    with open(place / "spec.toml", "a") as spec:
+        spec.write("[settings.bad]\nFAIL = 1\n")
+    done = run(place, "--slots", "3")
+    assert done.returncode == 1 and results(place)["bad"]["failed"] == 3 and results(place)["bad"]["n"] == 0
+    kept = json.loads((place / "out/kill/failed/bad.s1.json").read_text())
+    assert kept["status"] == 3 and kept["last"] == ["what went wrong"]
+    assert "what went wrong" in (place / "out/kill/results.md").read_text() and "FAILED (exit status 3)" in done.stdout
+    run(place)
+    assert told(place, "starts.txt")["bad.s1"] == 1
+    run(place, "--retry", "--slots", "3")
+    assert told(place, "starts.txt")["bad.s1"] == 2 and told(place, "starts.txt")["control.s1"] == 1
+
+
+def test_a_run_that_says_it_broke_a_rule_is_done_and_shown(place):
+    (place / "train_gpt.py").write_text(PROGRAM.replace("failures=[]", 'failures=["eval budget overrun"]'))
+    done = run(place, "--slots", "3")
+    assert "!! eval budget overrun" in done.stdout and done.returncode == 0
+
+
+def test_finished_runs_refuse_another_spec(place):
+    run(place, "--slots", "3")
+    (place / "spec.toml").write_text(SPEC.replace("GAIN = 0.05", "GAIN = 0.06"))
+    assert "better.s1 was run with other knobs" in run(place).stderr
+    # more seeds are only more runs
+    (place / "spec.toml").write_text(SPEC.replace("[1, 2, 3]", "[1, 2, 3, 4]"))
+    assert run(place, "--slots", "3").returncode == 0 and sum(told(place, "starts.txt").values()) == 12
+
+
+def test_the_program_is_copied_at_the_start(place):
+    run(place, "--slots", "3")
+    (place / "train_gpt.py").write_text("raise SystemExit('edited')\n")
+    (place / "spec.toml").write_text(SPEC.replace("[1, 2, 3]", "[1, 2, 3, 4]"))
+    done = run(place, "--slots", "3")
+    assert done.returncode == 0 and "goes on with its own copy" in done.stdout
+
+
+def test_knobs_of_the_shell_stay_outside(place):
+    """Names that the program declares as knobs are taken out of the environment of its runs."""
+    declared = "class RunKnobs:\n    gain: float = dict(0)\n"
+    (place / "train_gpt.py").write_text(PROGRAM.replace("import json", declared.replace("dict(0)", "max(0, 0)") + "import json", 1))
+    done = subprocess.run(command(place, "--slots", "3"), cwd=place, env=environment(GAIN="0.7"), text=True, capture_output=True)
+    assert done.returncode == 0 and results(place)["control"]["mean"] == pytest.approx(2.0 + 0.1 * 14 / 3)
