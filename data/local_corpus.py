@@ -369,7 +369,7 @@ def units(documents: list[Document], first: int) -> Iterator[Unit]:
 def write_shards(paths: Paths, work: Path, model: bytes, train: list[Document], val: list[Document]) -> dict:
     """Shards in `work`; what the manifest says of them. Each split is one shard, so its entry names the file itself, too."""
     job = prepare.Job(paths.train.parent.name, val_docs=len(val), shard_tokens=2**31 - 1)
-    build = prepare.Build(work, job)
+    build = prepare.Build(work, job, vocabulary.Coder(model).table)
     prepare.run_build(build, prepare.coded_units([*units(val, 0), *units(train, len(val))], model, job, workers=1))
     parts = build.finish()
     for split, documents in (("train", train), ("val", val)):

@@ -31,11 +31,11 @@ import sentencepiece as spm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when this file is loaded by its path
 import vocabulary
-from shards import (BOS, HEADER_BYTES, ShardError, document_key, documents, entry_problem, file_entry, header, read_json,
+from shards import (BOS, CHUNK, HEADER_BYTES, ShardError, document_key, documents, entry_problem, file_entry, header, read_json,
                     read_shard, sha256, shard_problem, split_paths, write_atomic, write_json)
 from sources import Source, SourceError, Unit, texts
 from transforms import REGISTRY
-from vocabulary import Coder
+from vocabulary import ByteTable, Coder
 
 REVISION = 1  # raise it when the same source and settings would give other shards
 CHALLENGE_VAL_DOCS = 50_000  # the contest scores the first 50,000 documents, all of them (issue #2127: 10,000 leaked the rest)
@@ -67,10 +67,9 @@ class Job(NamedTuple):
 
 
 class Coded(NamedTuple):
-    """A coded unit: tokens [N] uint16 of its documents one behind the other, bytes [N] of each token, token counts [D] and keys of
-    the D documents that have text, source_bytes: UTF-8 bytes before normalisation, odd: documents that were mended, by reason."""
+    """A coded unit: tokens [N] uint16 of its documents one behind the other, token counts [D] and keys of the D documents that have
+    text, source_bytes: UTF-8 bytes before normalisation, odd: documents that were mended, by reason."""
     tokens: np.ndarray
-    sizes: np.ndarray
     lengths: np.ndarray
     keys: bytes
     source_bytes: int
@@ -85,7 +84,7 @@ class Coded(NamedTuple):
         odd = self.odd + Counter({"of train equal to one of validation, dropped": int((~keep).sum())})
         mask = np.repeat(keep, self.lengths)
         kept = b"".join(key for key, good in zip(keys, keep) if good)
-        return Coded(self.tokens[mask], self.sizes[mask], self.lengths[keep], kept, self.source_bytes, odd)
+        return Coded(self.tokens[mask], self.lengths[keep], kept, self.source_bytes, odd)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,10 +106,10 @@ def code_unit(coder: Coder, unit: Unit, text_key: str) -> Coded:
         if number % CHECK_EVERY == 0 and not coder.agrees(text, tokens):
             raise SourceError(f"document {number}: word by word it has other tokens than as a whole; please report its text")
         coded.append(tokens)
-        keys.append(document_key(tokens.tobytes()))
-    tokens = np.concatenate([np.zeros(0, np.uint16), *coded])
+        keys.append(document_key(tokens))
     lengths = np.array([len(t) for t in coded], np.int64)
-    return Coded(tokens, coder.table.sizes(tokens), lengths, b"".join(keys), source_bytes, odd)
+    tokens = coded[0] if len(coded) == 1 else np.concatenate([np.zeros(0, np.uint16), *coded])
+    return Coded(tokens, lengths, b"".join(keys), source_bytes, odd)
 
 
 WORKER: list = []  # of a worker process: its coder and text_key
@@ -174,8 +173,8 @@ class ShardWriter:
     A shard has no valid header before it is whole. `state` is what `restore` needs to go on from there.
     """
 
-    def __init__(self, folder: Path, split: str, limit: int, sidecar: bool):
-        self.folder, self.split, self.limit, self.sidecar = folder, split, limit, sidecar
+    def __init__(self, folder: Path, split: str, limit: int, sidecar: bool, table: ByteTable):
+        self.folder, self.split, self.limit, self.sidecar, self.table = folder, split, limit, sidecar, table
         self.done: list[dict] = []
         self.now = {"documents": 0, "tokens": 0, "bytes": 0}
 
@@ -187,19 +186,21 @@ class ShardWriter:
         """The files that grow together."""
         return [self.path(), *([self.path("bytes_")] if self.sidecar else [])]
 
-    def append(self, tokens: np.ndarray, sizes: np.ndarray) -> None:
-        """Tokens [N] and their bytes [N]; documents may cross the border between two shards, as in the contest's."""
-        while len(tokens):
-            take = min(len(tokens), self.limit - self.now["tokens"])
-            for path, values in zip(self.parts(), (tokens, sizes)):
+    def append(self, tokens: np.ndarray) -> None:
+        """Tokens [N] of whole documents; these may cross the border between two shards, as in the contest's."""
+        at = 0
+        while at < len(tokens):
+            part = tokens[at:at + min(CHUNK, self.limit - self.now["tokens"])]
+            sizes = self.table.sizes(part, int(tokens[at - 1]) if at else BOS)
+            for path, values in zip(self.parts(), (part, sizes)):
                 with open(path, "ab") as file:
                     if not file.tell():
                         file.write(bytes(HEADER_BYTES))
-                    file.write(values[:take].astype("<u2").tobytes())
-            self.now["documents"] += int((tokens[:take] == BOS).sum())
-            self.now["tokens"] += take
-            self.now["bytes"] += int(sizes[:take].sum(dtype=np.int64))
-            tokens, sizes = tokens[take:], sizes[take:]
+                    file.write(values.astype("<u2").tobytes())
+            self.now["documents"] += int((part == BOS).sum())
+            self.now["tokens"] += len(part)
+            self.now["bytes"] += int(sizes.sum(dtype=np.int64))
+            at += len(part)
             if self.now["tokens"] == self.limit:
                 self.close()
 
@@ -273,10 +274,10 @@ class Totals:
 class Build:
     """Shards of both splits in a folder of their own, from coded units in order; it can be left and taken up again."""
 
-    def __init__(self, folder: Path, job: Job, state: dict | None = None):
+    def __init__(self, folder: Path, job: Job, table: ByteTable, state: dict | None = None):
         self.folder, self.job = folder, job
         sidecar = job.sidecar or bool(REGISTRY[job.transform].operators)
-        self.writers = {split: ShardWriter(folder, split, job.shard_tokens, sidecar and split == "val") for split in SPLITS}
+        self.writers = {s: ShardWriter(folder, s, job.shard_tokens, sidecar and s == "val", table) for s in SPLITS}
         state = state or {}
         for split, writer in self.writers.items():
             writer.restore(state.get(split, {"done": [], "now": writer.now}))
@@ -296,7 +297,7 @@ class Build:
         split = "val" if unit.first < self.job.val_docs else "train"
         if split == "train":
             coded = coded.without(self.known())
-        self.writers[split].append(coded.tokens, coded.sizes)
+        self.writers[split].append(coded.tokens)
         self.totals[split].add(coded)
         self.odd.update(coded.odd)
         self.documents = unit.first + unit.count
@@ -306,7 +307,7 @@ class Build:
         if self.val_keys is None:
             self.writers["val"].close()
             paths = [self.folder / shard["path"] for shard in self.writers["val"].done]
-            self.val_keys = {document_key(tokens.tobytes()) for tokens in documents(paths)}
+            self.val_keys = {document_key(tokens) for tokens in documents(paths)}
         return self.val_keys
 
     def finish(self) -> dict:
@@ -450,10 +451,9 @@ def progress(source: Source, log: Callable):
     return tqdm(total=total, unit="B", unit_scale=True, desc="prepare", disable=None if log is print else True, mininterval=0.5)
 
 
-def make_shards(places: Places, job: Job, source: Source, model: bytes, workers: int, log: Callable) -> dict:
+def make_shards(places: Places, job: Job, source: Source, model: bytes, table: ByteTable, workers: int, log: Callable) -> dict:
     """Tokens of all documents into the work folder; the manifest's part about documents."""
-    state = read_json(places.work / "state.json")
-    build = Build(places.work, job, state)
+    build = Build(places.work, job, table, read_json(places.work / "state.json"))
     if build.documents:
         log(f"prepare: goes on behind document {build.documents:,}")
     begin = build.documents
@@ -555,7 +555,7 @@ def make(places: Places, job: Job, source: Source, settings: dict, tokenizer: Pa
         coder = Coder(model, job.transform, job.pairs)
     except (ValueError, RuntimeError, OSError) as error:
         raise PrepareError(str(error)) from error
-    parts = make_shards(places, job, source, model, workers, log)
+    parts = make_shards(places, job, source, model, coder.table, workers, log)
     write_atomic(places.work / "tokenizer.model", model)
     about = {"vocab_size": len(coder.pieces), "bos_id": BOS}
     manifest = {
@@ -589,7 +589,7 @@ def verify(folder: Path, log: Callable[[str], object] = print) -> list[str]:
     for split in SPLITS:
         counts[split], keys[split] = Counter(), set()
         for tokens in documents(split_paths(folder, split)):
-            key = document_key(tokens.tobytes())
+            key = document_key(tokens)
             counts[split].update({"documents": 1, "tokens": len(tokens), "shared": int(split == "train" and key in keys["val"])})
             if split == "val":
                 keys[split].add(key)

@@ -126,11 +126,12 @@ def draw(stats: dict[str, Stats], path: Path, title: str) -> None:
     figure, (lengths, ratio, use) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for split, one in stats.items():
         counts, sizes = np.array(one.tokens), np.array(one.bytes)
-        lengths.hist(counts, np.geomspace(1, counts.max() + 1, 60), density=True, histtype="step", label=split)
-        ratio.hist(sizes / counts, 80, density=True, histtype="step", label=split)
+        share = np.full(len(counts), 1 / len(counts))
+        lengths.hist(counts, np.geomspace(1, counts.max() + 1, 60), weights=share, histtype="step", label=split)
+        ratio.hist(sizes / counts, 60, weights=share, histtype="step", label=split)
         use.loglog(np.arange(1, len(one.used) + 1), np.maximum(np.sort(one.used)[::-1], 0.5), label=split)
-    lengths.set(xscale="log", xlabel="tokens of a document", ylabel="density")
-    ratio.set(xlabel="bytes a token of a document", ylabel="density")
+    lengths.set(xscale="log", xlabel="tokens of a document", ylabel="share of documents")
+    ratio.set(xlabel="bytes a token of a document", ylabel="share of documents")
     use.axhline(RARE, color="grey", linestyle=":")
     use.set(xlabel="pieces by rank", ylabel="times used (0.5: never)")
     for axes in (lengths, ratio, use):

@@ -111,13 +111,13 @@ def read_json(path: Path) -> dict | None:
     return value if isinstance(value, dict) else None
 
 
-def document_key(tokens: bytes) -> bytes:
-    """128 bits that stand for a document: blake2b of its little-endian uint16 tokens, BOS included.
+def document_key(tokens: np.ndarray) -> bytes:
+    """128 bits that stand for a document: blake2b of its tokens [n], BOS included, as little-endian uint16.
 
     Of tokens, not of text: two texts that the tokenizer makes equal are the same document to a model, and anybody can compute
     the keys again from the shards alone.
     """
-    return hashlib.blake2b(tokens, digest_size=16).digest()
+    return hashlib.blake2b(np.ascontiguousarray(tokens, "<u2"), digest_size=16).digest()
 
 
 def documents(paths: list[Path]) -> Iterator[np.ndarray]:

@@ -14,16 +14,20 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import sentencepiece as spm
-from shards import BOS
+from shards import BOS, CHUNK
 from transforms import CAP, ESC, REGISTRY, TITLE, UNUSED_BYTES, UPPER, Aliases
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 SENTENCE_CHARS = 1_000  # the SentencePiece trainer silently drops sentences over 4,192 bytes
 WORD_CHARS = 1 << 16  # longer words are tokenized in parts: SentencePiece needs about 100 bytes of memory a character
+SLICE_CHARS = 1 << 20  # longer texts are coded a slice at a time, so that memory does not grow with them
 CACHED_CHARS = 32  # longer words hardly ever come again
 CACHED_WORDS = 300_000  # about 60 MB; emptied when full
 RUNS = re.compile(r"[^\W\d_]+|[\W\d_]+")  # letters, and what stands between them
-BOS_BYTES = array("H", [BOS]).tobytes()
+# Where a long text may be cut: at a space between plain letters or digits, else between East Asian letters. No normalisation,
+# piece or transform reaches over either.
+CUT = re.compile(r"(?<=[0-9A-Za-z]) (?=[0-9A-Za-z])")
+TIGHT_CUT = re.compile("(?<=[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3])(?=[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3])")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,6 +157,12 @@ class ByteTable:
         return sizes.astype(np.uint16)
 
 
+    def total(self, tokens: np.ndarray) -> int:
+        """Bytes of all tokens [N] together, in memory that does not grow with N."""
+        return sum(int(self.sizes(tokens[at:at + CHUNK], int(tokens[at - 1]) if at else BOS).sum(dtype=np.int64))
+                   for at in range(0, len(tokens), CHUNK))
+
+
 def literals(behind: np.ndarray) -> np.ndarray:
     """[N] bool -> places behind an escape that is no literal itself: escapes in a row take turns. There are next to none."""
     literal = np.zeros(len(behind), bool)
@@ -237,15 +247,13 @@ class Coder:
             return b"".join([head[parts[0]], *map(self.first.__getitem__, parts[1:])])
         for spell in (self.transform.encode, self.transform.keep):
             text = lead + spell(word)
-            ids = self.sp.encode(text) if len(text) < WORD_CHARS else self.long_word(text)
+            ids = self.sp.encode(text) if len(text) < WORD_CHARS else array("H")
+            for at in range(0, len(text), WORD_CHARS) if not ids else ():
+                ids.extend(self.sp.encode(text[at:at + WORD_CHARS]))
             if self.transform.lossy or word.isascii() or self.decode(ids) == lead + word:  # ASCII has one normal form
                 ids = ids[len(self.front):] if lead else ids
                 return array("H", self.aliases.encode(ids) if self.aliases.pairs else ids).tobytes()
         raise Unstable(f"{word[:60]!r}")
-
-    def long_word(self, text: str) -> list[int]:
-        """Token ids of a text without spaces, WORD_CHARS characters at a time."""
-        return [token for i in range(0, len(text), WORD_CHARS) for token in self.sp.encode(text[i:i + WORD_CHARS])]
 
     def agrees(self, text: str, tokens: np.ndarray) -> bool:
         """True if SentencePiece makes the same tokens [n] of the text as a whole; of long and transformed ones it is not asked."""
@@ -261,37 +269,56 @@ class Coder:
 
         ValueError if the tokens stand for another number of bytes than the normalised text has.
         """
-        norm = self.sp.normalize(text)
-        if not norm:
-            return np.zeros(0, np.uint16)
-        tokens, norm = self.tokens_of(text, norm)
-        want = len(norm.encode()) - 2 * norm.count(SPACE) * (self.byte_zero is None)  # SPACE has 3 bytes, a space 1
-        if not self.transform.lossy and (got := int(self.table.sizes(tokens).sum(dtype=np.int64))) != want:
+        parts, want = [np.full(1, BOS, np.uint16)], 0
+        for piece, lead in slices(text):
+            norm = self.sp.normalize(piece)
+            if norm:
+                tokens, norm = self.tokens_of(piece, norm, lead)
+                parts.append(tokens)
+                want += lead + len(norm.encode()) - 2 * norm.count(SPACE) * (self.byte_zero is None)  # SPACE has 3 bytes, a space 1
+        tokens = np.concatenate(parts)
+        if not self.transform.lossy and (got := self.table.total(tokens)) != want:
             raise ValueError(f"{want} bytes of text, but tokens for {got}: the tokenizer cannot write all of {text[:60]!r}")
-        return tokens
+        return tokens if len(tokens) > 1 else tokens[:0]
 
-    def tokens_of(self, text: str, norm: str) -> tuple[np.ndarray, str]:
-        """(tokens, the normalised text that they stand for)."""
+    def tokens_of(self, text: str, norm: str, lead: bool) -> tuple[np.ndarray, str]:
+        """(tokens, the normalised text that they stand for) of a slice; `lead`: a space stands in front of it."""
         if self.byte_zero is not None:
-            data = self.transform.encode(norm).encode()
-            return np.concatenate([[BOS], np.frombuffer(data, np.uint8) + np.uint16(self.byte_zero)]).astype(np.uint16), norm
+            data = (" " * lead + self.transform.encode(norm)).encode()
+            return np.frombuffer(data, np.uint8) + np.uint16(self.byte_zero), norm
         if not self.by_words:
-            return self.whole(text, norm)
+            return self.whole(text, norm, lead)
         first, *later = norm.split(SPACE)
         try:
-            data = b"".join([BOS_BYTES, self.first[first], *map(self.later.__getitem__, later)])
+            head = self.later if lead else self.first
+            return np.frombuffer(b"".join([head[first], *map(self.later.__getitem__, later)]), np.uint16), norm
         except Unstable:
-            return self.whole(text, norm)
-        return np.frombuffer(data, np.uint16), norm
+            return self.whole(text, norm, lead)
 
-    def whole(self, text: str, norm: str) -> tuple[np.ndarray, str]:
-        """`tokens_of` without words: SentencePiece on the whole text, which needs memory in proportion to its length."""
+    def whole(self, text: str, norm: str, lead: bool) -> tuple[np.ndarray, str]:
+        """`tokens_of` without words: SentencePiece on the whole slice."""
+        front, skip = ("a ", len(self.front)) if lead else ("", 0)
         if self.transform.name == "none":
-            return np.array([BOS, *self.sp.encode(text)], np.uint16), norm
+            return np.array(self.sp.encode(front + text)[skip:], np.uint16), norm
         for _ in range(4):  # until normalisation changes nothing
             norm = self.sp.normalize(norm.replace(SPACE, " "))
+        plain = norm.replace(SPACE, " ")
         for spell in (self.transform.encode, self.transform.keep):
-            ids = self.sp.encode(spell(norm.replace(SPACE, " ")))
-            if self.transform.lossy or self.decode(ids) == norm.replace(SPACE, " "):
-                return np.array([BOS, *self.aliases.encode(ids)], np.uint16), norm
+            ids = self.sp.encode(front + spell(plain))
+            if self.transform.lossy or self.decode(ids) == front + plain:
+                return np.array(self.aliases.encode(ids[skip:]), np.uint16), norm
         raise ValueError(f"no spelling of {text[:60]!r} survives the tokenizer's normalisation")
+
+
+def slices(text: str) -> Iterator[tuple[str, bool]]:
+    """(part of a text, whether a space stood in front of it), of about SLICE_CHARS characters where it can be cut."""
+    at, size, lead = 0, SLICE_CHARS, False
+    while len(text) - at > size:
+        middle, end = at + size // 2, at + size
+        cut = CUT.search(text, middle, end) or TIGHT_CUT.search(text, middle, end)
+        if cut is None:
+            size *= 2
+            continue
+        yield text[at:cut.start()], lead
+        at, size, lead = cut.end(), SLICE_CHARS, cut.end() > cut.start()
+    yield text[at:], lead

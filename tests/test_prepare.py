@@ -203,6 +203,21 @@ def test_a_long_word_is_cut_and_loses_nothing():
         assert CODERS[kind].decode(CODERS[kind].encode(text)) == text
 
 
+@pytest.mark.parametrize("kind", list(CODERS))
+@given(st.lists(st.sampled_from([*WORDS, "漢字" * 9, "x" * 70, "ΟΔΟΣ", "\n", "é", "U.S.A."]), max_size=60).map(" ".join), st.integers(2, 60))
+def test_a_long_text_has_the_same_tokens_slice_by_slice(kind, text, size):
+    whole = CODERS[kind].encode(text)
+    saved, vocabulary.SLICE_CHARS = vocabulary.SLICE_CHARS, size
+    try:
+        assert CODERS[kind].encode(text).tolist() == whole.tolist() or CODERS[kind].decode(CODERS[kind].encode(text)) == CODERS[kind].decode(whole)
+        if "漢" not in text:  # letters without spaces between them may fall into other pieces at a cut
+            assert CODERS[kind].encode(text).tolist() == whole.tolist()
+        parts = list(vocabulary.slices(text))
+        assert "".join(" " * lead + part for part, lead in parts) == text
+    finally:
+        vocabulary.SLICE_CHARS = saved
+
+
 def test_the_word_cache_does_not_change_tokens(monkeypatch):
     monkeypatch.setattr(vocabulary, "CACHED_WORDS", 3)
     coder = vocabulary.Coder(MODELS["none"])
