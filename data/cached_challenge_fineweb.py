@@ -149,8 +149,8 @@ def check_space(folder: Path, sizes: dict[Path, int]) -> None:
     missing = sum(size - (partial(p).stat().st_size if partial(p).is_file() else 0) for p, size in sizes.items())
     free = shutil.disk_usage(folder).free
     if missing and missing + SPARE_BYTES > free:
-        raise SystemExit(f"{folder}: {missing / 1e9:.2f} GB are to be fetched, {free / 1e9:.2f} GB are free; --train-shards takes fewer "
-                         "shards, --data-dir another disk")
+        raise SystemExit(f"{folder}: {missing / 1e9:.2f} GB are to be fetched, {free / 1e9:.2f} GB are free; --train-shards takes "
+                         "fewer shards, --data-dir another disk")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,7 +298,8 @@ def verify(data_dir: Path) -> int:
     problems = [p for place, entry in sorted(files.items()) if (p := entry_problem(entry | {"path": place}, data_dir))]
     for problem in problems:
         print(f"damaged: {problem}")
-    print(f"{len(files) - len(problems)} of {len(files)} files are whole" + ("; the command that fetched them mends the others" * bool(problems)))
+    advice = "; the command that fetched them mends the others" if problems else ""
+    print(f"{len(files) - len(problems)} of {len(files)} files are whole{advice}")
     return len(problems)
 
 
@@ -343,7 +344,8 @@ def main(argv: list[str] | None = None) -> int:
     places = wanted_files(list(by_name), args.variant, args.train_shards, args.with_docs)
     if not any("_val_" in name for name in places):
         found = sorted({m[1] for n in by_name if (m := re.search(r"fineweb10B_([^/]+)/", n))})
-        raise SystemExit(f"{args.repo} holds no fineweb10B_{args.variant} below {PREFIX}, only {found}; --repo names another data set")
+        raise SystemExit(f"{args.repo} holds no fineweb10B_{args.variant} below {PREFIX}, only {found}; "
+                         "--repo names another data set")
     with only_one(args.data_dir):
         if not args.skip_manifest:
             refresh_upstream(args.repo, commit, files, args.data_dir)

@@ -44,7 +44,7 @@ from shards import read_json, sha256
 from shards import BOS as BOS_ID
 from sources import SourceError, Unit
 
-REVISION = 2  # raise it when the same text would give other shards or another manifest: finished corpora of an older one are rebuilt
+REVISION = 2  # raise it when the same text would give other shards or another manifest: older corpora are rebuilt
 SEED = 1337
 
 MAX_TRAIN_BYTES = 20_000_000  # UTF-8 bytes; above what any Python ships, so in practice: everything

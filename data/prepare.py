@@ -320,7 +320,7 @@ class Build:
                                    f"{self.job.val_docs} are validation, and {dict(self.odd)} have no tokens")
         dropped = self.odd["of train equal to one of validation, dropped"]
         entries = {split: self.totals[split].entry(self.writers[split].done) for split in SPLITS[::-1]}
-        proof = {"by": "blake2b-128 of each document's tokens", "val_keys": len(self.known()), "train_dropped": dropped, "shared": 0}
+        proof = {"by": "blake2b-128 of each document's tokens", "val_keys": len(self.known()), "train_dropped": dropped}
         return entries | {"disjoint": proof, "mended": dict(sorted(self.odd.items()))}
 
 
@@ -390,8 +390,8 @@ def training_texts(source: Source, job: Job, used: list[int]) -> Iterator[str]:
 def check_challenge(source: Source, job: Job) -> None:
     """PrepareError if the contest's documents are to be split otherwise than the contest splits them."""
     if source.is_challenge and job.val_docs != CHALLENGE_VAL_DOCS:
-        raise PrepareError(f"--val-docs {job.val_docs}: these are the challenge's documents, whose first {CHALLENGE_VAL_DOCS:,} are "
-                           "validation; with fewer the rest of them would be trained on")
+        raise PrepareError(f"--val-docs {job.val_docs}: these are the challenge's documents, whose first {CHALLENGE_VAL_DOCS:,} "
+                           "are validation; with fewer the rest of them would be trained on")
 
 
 def check_published(source: Source, count: int) -> None:
@@ -543,7 +543,8 @@ def prepare(source: Source, job: Job, data_dir: Path | str = "data", tokenizer: 
     seconds, size = time.perf_counter() - started, sum(manifest[split]["source_bytes"] for split in SPLITS)
     for split in SPLITS[::-1]:
         log(describe(split, manifest[split]))
-    log(f"prepare: mended {manifest['mended'] or 'nothing'}; no document is in both splits ({manifest['disjoint']['train_dropped']} dropped)")
+    dropped = manifest["disjoint"]["train_dropped"]
+    log(f"prepare: mended {manifest['mended'] or 'nothing'}; no document is in both splits ({dropped} dropped)")
     log(f"prepare: wrote {places.manifest} in {seconds:.1f}s, {size / seconds / 1e6:.1f} MB of text a second")
     return manifest
 
@@ -608,7 +609,8 @@ def strangers(folder: Path, manifest: dict) -> list[str]:
     found = [f"{path}: not in the manifest" for path in sorted(folder.glob("fineweb_*.bin")) if path.name not in known]
     pairs = [(shard["path"], shard["sidecar"]["path"]) for shard in manifest["val"]["shards"] if "sidecar" in shard]
     sound = [pair for pair in pairs if not any(shard_problem(folder / name) for name in pair)]
-    return found + [f"{folder / b}: not as long as {a}" for a, b in sound if len(read_shard(folder / a)) != len(read_shard(folder / b))]
+    lengths = {name: len(read_shard(folder / name)) for pair in sound for name in pair}
+    return found + [f"{folder / b}: not as long as {a}" for a, b in sound if lengths[a] != lengths[b]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -631,7 +633,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--sidecar", action="store_true", help="a byte sidecar even where the byte table would do")
     p.add_argument("--text-key", default="text", help="key or column of the text")
     p.add_argument("--separator", default="", help="line between documents of a text file; default: a file is one document")
-    p.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes; the bytes do not depend on it")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    p.add_argument("--workers", type=int, default=cores, help="processes; the bytes do not depend on it")
     p.add_argument("--force", action="store_true", help="build anew whatever is there")
     return p
 
@@ -667,13 +670,18 @@ def main(argv: list[str] | None = None) -> int:
         check_args(args)
         job = Job(args.name or default_name(args), args.vocab_size, "", args.tokenizer_bytes, args.transform, args.pairs,
                   args.val_docs, args.shard_tokens, args.sidecar, args.text_key, args.separator)
-        manifest = prepare(Source(args.source, args.text_key, args.separator), job, args.data_dir, args.tokenizer, args.workers, args.force)
+        source = Source(args.source, args.text_key, args.separator)
+        manifest = prepare(source, job, args.data_dir, args.tokenizer, args.workers, args.force)
         places = Places.of(args.data_dir, job.name)
         print(f"prepare: use it with DATA_PATH={places.shards} TOKENIZER_PATH={places.tokenizer} "
               f"VOCAB_SIZE={manifest['tokenizer']['vocab_size']}")
         return 0
     except (PrepareError, SourceError, ShardError) as error:
         raise SystemExit(f"prepare: error: {error}") from error
+    except OSError as error:
+        raise SystemExit(f"prepare: error: {error}; started again, this goes on where it was") from error
+    except KeyboardInterrupt:
+        raise SystemExit("prepare: stopped; started again, it goes on where it was") from None
 
 
 if __name__ == "__main__":

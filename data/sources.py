@@ -84,7 +84,8 @@ class Source:
         if not path.is_file():
             raise SourceError(f"source {path} is missing")
         if not format_of(path):
-            raise SourceError(f"source {path}: unknown kind; give {sorted(JSONL | PARQUET | TEXT - {''})}, perhaps with {sorted(PACKED)}")
+            kinds = sorted(JSONL | PARQUET | TEXT - {""})
+            raise SourceError(f"source {path}: unknown kind; give {kinds}, perhaps with {sorted(PACKED)}")
         return [path]
 
     @property

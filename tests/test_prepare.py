@@ -690,6 +690,20 @@ def test_wrong_commands_are_refused(args, message):
         prepare.main(args)
 
 
+@pytest.mark.parametrize("error, message", [(OSError(28, "No space left on device"), "No space left"), (KeyboardInterrupt(), "stopped")])
+def test_a_full_disk_or_a_stop_says_how_to_go_on(tmp_path, monkeypatch, error, message):
+    def fail(*_):
+        raise error
+
+    source = jsonl(tmp_path / "docs.jsonl", TEXTS)
+    args = [str(source), "--name", "toy", "--vocab-size", "260", "--val-docs", "50", "--data-dir", str(tmp_path), "--workers", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.ShardWriter, "append", fail)
+        with pytest.raises(SystemExit, match=f"{message}.*started again, (this|it) goes on where it was"):
+            prepare.main(args)
+    assert not (tmp_path / "datasets/toy").exists() and prepare.main(args) == 0
+
+
 def test_time_stamps_and_paths_do_not_get_into_the_files(toy, tmp_path):
     shutil.copytree(toy[0], tmp_path / "moved")
     time.sleep(0.01)
