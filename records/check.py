@@ -15,7 +15,7 @@ import re
 import shlex
 import sys
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import runs
@@ -346,7 +346,7 @@ def knobs(f: Folder) -> str:
     if not f.source:
         raise Undecided("no source to look them up in")
     try:
-        known = runs.knobs_of(f.source) or {s for s in constants(f.source)}
+        known = runs.knobs_of(f.source) or constants(f.source)
     except SyntaxError:
         raise Undecided("the source does not parse here") from None
     if not commands(f.text("README.md")):
@@ -355,6 +355,7 @@ def knobs(f: Folder) -> str:
     return broken_if([f"{', '.join(unknown)}: not read by the program"] if unknown else [], f"{len(given)} knobs, all read by the program")
 
 
+@lru_cache(64)
 def constants(source: str) -> set[str]:
     """All string constants of a program: a variable that it reads is one of them."""
     return {n.value for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
@@ -396,6 +397,7 @@ def command(f: Folder) -> str:
     return broken_if(sorted(faults), "it gives the logged configuration")
 
 
+@lru_cache(64)
 def preset_of(source: str, name: str) -> dict[str, str]:
     """A preset's overrides, from the program's table NAME = dict(knob=value, ...)."""
     for node in ast.parse(source).body:
@@ -525,18 +527,24 @@ def alone(f: Folder) -> str:
 
 @rule("A3", "offline")
 def offline(f: Folder) -> str:
-    try:
-        tree = ast.parse(f.source or "")
-    except SyntaxError:
-        raise Undecided("the source does not parse here") from None
     if not f.source:
         raise Undecided("no source")
-    names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.module}
-    used = sorted(NETWORK & {n.split(".")[0] for n in names})
+    try:
+        used = sorted(NETWORK & imports(f.source))
+    except SyntaxError:
+        raise Undecided("the source does not parse here") from None
     if used:
         raise Undecided(f"the program imports {', '.join(used)}: see whether evaluation uses it")
     return "the program imports nothing that reaches the network"
+
+
+@lru_cache(64)
+def imports(source: str) -> set[str]:
+    """Top-level names of all modules that a program imports, wherever in it."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module}
+    return {n.split(".")[0] for n in names}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

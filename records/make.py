@@ -276,7 +276,7 @@ def readme(found: list[runs.Run], told: Told, data: dict, preset: dict[str, str]
              f"(largest difference {max(r['largest_difference'] for r in repeated):.1e} bpb)." if repeated else
              "It was not run again from this folder.")
     sections = [
-        f"# {told.name}: {data['val_bpb']:.5f} bpb", told.blurb,
+        f"# {told.name}: {data['val_bpb']:.5f} bpb", *([told.blurb] if told.blurb != told.name else []),
         f"## Results\n\n{results_table(found)}\n\n{validation_line(data)} {data['hardware']}, torch {first.torch}.",
         f"## What changed against PRESET={told.against}\n\n{changed if knobs else 'Nothing.'}",
         "## Architecture\n\n" + table(["knob", "value"], [[f"`{k}`", f"`{first.config[k]}`"] for k in ARCHITECTURE if k in first.config])
@@ -290,7 +290,8 @@ def readme(found: list[runs.Run], told: Told, data: dict, preset: dict[str, str]
         f"{data['code_sha256'][:16]}...); the readable source stands at the top of every log. {proof}\n\n"
         f"```bash\npip install -r requirements.txt\n{command(first, preset)}\n```\n\nOther seeds: the same with "
         f"SEED={', '.join(str(r.seed) for r in found[1:]) or 'any'}.",
-        f"## Credits\n\n{told.credits}\n\nNamed in the source: {', '.join(data['attribution']['in_source']) or 'nobody'}."]
+        "## Credits\n\n" + (f"{told.credits}\n\n" if told.credits else "")
+        + f"Named in the source: {', '.join(data['attribution']['in_source']) or 'nobody'}."]
     return "\n\n".join(sections) + "\n"
 
 
@@ -309,7 +310,21 @@ def requirements(run: runs.Run, root: Path) -> str:
 # ----------------------------------------------------------------------------------------------------------------------
 # The folder
 # ----------------------------------------------------------------------------------------------------------------------
-def build(found: list[runs.Run], told: Told, folder: Path, root: Path, repeats: str, artifacts: bool) -> None:
+def copy_runs(found: list[runs.Run], folder: Path, extras: frozenset) -> None:
+    """Logs under the names that the contest uses; artifacts and per-document losses where asked for."""
+    for run in found:
+        stem = f"train_seed{run.seed}"
+        shutil.copyfile(run.beside(".txt"), folder / f"{stem}.log")
+        shutil.copyfile(run.path, folder / f"{stem}.jsonl")
+        if "artifacts" in extras:
+            shutil.copyfile(run.beside(".artifact"), folder / f"seed{run.seed}.artifact")
+        for name in run.scores if "documents" in extras else ():
+            if not run.beside(f".{name}.docs.npz").is_file():
+                raise Refused(f"{run.beside(f'.{name}.docs.npz')} is missing: train with DOC_LOSSES=1, or leave --documents out")
+            shutil.copyfile(run.beside(f".{name}.docs.npz"), folder / f"{stem}.{name}.docs.npz")
+
+
+def build(found: list[runs.Run], told: Told, folder: Path, root: Path, repeats: str, extras: frozenset) -> None:
     """Write all files of the submission into an empty folder."""
     code, first = found[0].beside(".packed.py").read_bytes(), found[0]
     (folder / "train_gpt.py").write_bytes(code)
@@ -318,11 +333,7 @@ def build(found: list[runs.Run], told: Told, folder: Path, root: Path, repeats: 
     for run in chosen:
         again[run.seed] = repeat(folder, run, root)
         print(f"seed {run.seed}: the shipped file repeats {again[run.seed].bpb:.8f} (difference {again[run.seed].difference:.1e})", flush=True)
-    for run in found:
-        shutil.copyfile(run.beside(".txt"), folder / f"train_seed{run.seed}.log")
-        shutil.copyfile(run.path, folder / f"train_seed{run.seed}.jsonl")
-        if artifacts:
-            shutil.copyfile(run.beside(".artifact"), folder / f"seed{run.seed}.artifact")
+    copy_runs(found, folder, extras)
     own, other = (preset_config(folder / "train_gpt.py", p, first.config) for p in (first.config["PRESET"], told.against))
     changed = {k: {"here": v, "preset": other[k]} for k, v in differences(first.config, other).items()}
     data = submission(found, again, told, code, changed)
@@ -331,7 +342,8 @@ def build(found: list[runs.Run], told: Told, folder: Path, root: Path, repeats: 
     (folder / "requirements.txt").write_text(requirements(first, root))
 
 
-def make(found: list[runs.Run], told: Told, out: Path, root: Path, repeats: str = "all", artifacts: bool = False) -> Path:
+def make(found: list[runs.Run], told: Told, out: Path, root: Path, repeats: str = "all",
+         extras: frozenset = frozenset()) -> Path:
     """Build the folder beside its place and move it there when it is whole; returns it."""
     slug = re.sub(r"[^A-Za-z0-9.+-]+", "_", told.name).strip("_")
     folder = out.resolve() / TRACKS[told.track][0] / f"{told.date}_{slug}"
@@ -341,7 +353,7 @@ def make(found: list[runs.Run], told: Told, out: Path, root: Path, repeats: str 
     shutil.rmtree(part, ignore_errors=True)  # left by a make that was killed
     part.mkdir(parents=True)
     try:
-        build(found, told, part, root, repeats, artifacts)
+        build(found, told, part, root, repeats, extras)
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -371,6 +383,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--root", type=Path, default=ROOT, help="where the runs' relative paths start")
     parser.add_argument("--repeat", choices=("all", "first", "none"), default="all", help="artifacts that the shipped file scores again")
     parser.add_argument("--artifacts", action="store_true", help="put the artifacts into the folder")
+    parser.add_argument("--documents", action="store_true", help="put the per-document losses into it (compare.py reads them)")
     return parser
 
 
@@ -382,8 +395,9 @@ def main(args: list[str] | None = None) -> int:
     except runs.Unreadable as e:
         raise Refused(str(e)) from None
     told = Told(given.name, given.author or "anonymous", given.github_id or (given.author or "anonymous"),
-                given.blurb or given.name, given.credits or "See below.", given.date, given.track, given.against)
-    folder = make(found, told, given.out, given.root.resolve(), given.repeat, given.artifacts)
+                given.blurb or given.name, given.credits, given.date, given.track, given.against)
+    extras = frozenset(name for name in ("artifacts", "documents") if getattr(given, name))
+    folder = make(found, told, given.out, given.root.resolve(), given.repeat, extras)
     print(folder)
     return check.main([str(folder)])
 

@@ -290,7 +290,7 @@ def forest(rows: list, title: str) -> Figure:
             ax.plot([p["low"], p["high"]], [y, y], color=colour, lw=2.2, solid_capstyle="butt")
         ax.plot(p["mean"], y, "s", ms=7, color=colour)
         ax.annotate(f"{p['mean']:+.4f}  n = {p['n']}", (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=9)
-    ax.set_yticks(range(len(shown)), [r.setting for r in shown]), ax.set_ylim(len(shown) - 0.5, -0.5), ax.grid(False, axis="y")
+    ax.set_yticks(range(len(shown)), [r.setting for r in shown]), ax.set_ylim(max(len(shown), 1) - 0.5, -0.5), ax.grid(False, axis="y")
     ax.set_xlabel("bpb minus control, paired seeds, 95 % interval  (left is better)")
     control = next((r for r in rows if not r.paired and r.mean is not None), None)
     ax.set_title(title + (f": control {control.mean:.4f} bpb, n = {control.n}" if control else ""))

@@ -202,7 +202,7 @@ LEDGER = re.compile(r"^ledger (\w+): (.*)$", re.M)
 HEADER = re.compile(r"^run_id:(\S*) mode:\w+ preset:\w+ recipe:(\w+) seed:(\d+)$", re.M)
 VERSIONS = re.compile(r"^python (\S+) torch (\S+) numpy \S+ \| (.*?) \| world_size:(\d+) \| source sha256:(\w+)$", re.M)
 FINGERPRINT = re.compile(r"^validation: \{'documents': (\d+), 'tokens': (\d+), 'bytes': (\d+), 'sha256': '(\w+)'\}(.*)$", re.M)
-PASSES = {"roundtrip": "full", "sliding_window": "sliding", "ttt": "ttt"}  # our labels in the log -> in the events
+PASSES = {"roundtrip": "full", "sliding_window": "sliding"}  # labels in our log that the events spell otherwise
 MINUTES = {"ms": 1e-3, "s": 1.0, "m": 60.0}
 
 
@@ -284,7 +284,8 @@ def read_ours(run: Run, body: str) -> None:
     if found:
         run.validation = dict(zip(("documents", "tokens", "bytes"), map(int, found.groups()[:3])), sha256=found[4])
     ledger = dict(LEDGER.findall(body))
-    renamed = {next((v for k, v in PASSES.items() if n.endswith(k)), n): s for n, s in run.scores.items()}
+    plain = {re.sub(r"^final_int\d+_", "", label): s for label, s in run.scores.items()}
+    renamed = {PASSES.get(label, label): s for label, s in plain.items()}
     run.scores = {n: Score(s.loss, s.bpb, s.seconds, ledger.get(n)) for n, s in renamed.items()}
     spans = re.search(r"^spans: (.*) sum:", body, re.M)
     if spans:
@@ -405,6 +406,7 @@ def meaning(source: str) -> str:
     return ast.dump(ast.parse(ast.unparse(tree)))
 
 
+@functools.lru_cache(64)
 def knobs_of(source: str) -> dict[str, str] | None:
     """KNOB -> default's text of a source built like train_gpt.py (a class per group, knob(...) a field); None if not."""
     found = {}

@@ -184,8 +184,8 @@ class Sweep:
         """Copy the program at the first start; later starts go on with that copy."""
         mine, given = self.folder / "program" / "train_gpt.py", self.root / "train_gpt.py"
         if not mine.is_file():
-            if (self.root / "data" / "local_corpus.py").is_file():  # the smoke preset builds its corpus with it
-                shutil.copyfile(self.root / "data" / "local_corpus.py", self.folder / "program" / "data" / "local_corpus.py")
+            for script in (self.root / "data").glob("*.py"):  # the smoke preset builds its corpus with them
+                shutil.copyfile(script, self.folder / "program" / "data" / script.name)
             part = mine.with_suffix(".part")
             shutil.copyfile(given, part)
             part.rename(mine)  # whole or not there, whenever a kill comes
@@ -345,6 +345,7 @@ class Row:
     p: float | None
     bytes: int | None
     seconds: float | None
+    documents: dict | None = None  # interval over documents drawn anew, where the runs had DOC_LOSSES=1
 
 
 def summarise(sweep: Sweep, mode: str | None = None) -> list[Row]:
@@ -354,23 +355,34 @@ def summarise(sweep: Sweep, mode: str | None = None) -> list[Row]:
     def score(run):
         return (run.scores[mode] if mode else run.final).bpb
 
-    scores: dict[str, dict] = {s: {} for s in sweep.spec.settings}
-    done: dict[str, list] = {s: [] for s in sweep.spec.settings}
+    done = {s: {} for s in sweep.spec.settings}
     for job in sweep.spec.jobs:
         run = sweep.run_of(job)
         if run:
-            scores[job.setting][job.seed] = score(run)
-            done[job.setting].append(run)
-    rows = []
+            done[job.setting][job.seed] = run
+    scores = {s: {seed: score(r) for seed, r in mine.items()} for s, mine in done.items()}
+    control, rows = scores[CONTROL], []
     for setting, mine in scores.items():
-        pair = stats.paired(mine, scores[CONTROL]) if setting != CONTROL else None
-        test = stats.welch(list(mine.values()), list(scores[CONTROL].values())) if mine and scores[CONTROL] and setting != CONTROL else None
-        failed = sum(sweep.failure(j).exists() for j in sweep.spec.jobs if j.setting == setting)
-        rows.append(Row(setting, len(mine), failed, runs.mean(mine.values()) if mine else None,
-                        runs.spread(mine.values()) if len(mine) > 1 else None, asdict(pair) if pair else None,
-                        test.p if test else None, max((r.total or 0 for r in done[setting]), default=None),
-                        runs.mean(r.train_seconds for r in done[setting]) if done[setting] else None))
+        against = setting != CONTROL and mine and control
+        pair = stats.paired(mine, control) if against else None
+        test = stats.welch(list(mine.values()), list(control.values())) if against else None
+        members = done[setting].values()
+        rows.append(Row(setting, len(mine), sum(sweep.failure(j).exists() for j in sweep.spec.jobs if j.setting == setting),
+                        runs.mean(mine.values()) if mine else None, runs.spread(mine.values()) if len(mine) > 1 else None,
+                        asdict(pair) if pair else None, test.p if test else None, max((r.total or 0 for r in members), default=None),
+                        runs.mean(r.train_seconds for r in members) if members else None,
+                        documents(done[setting], done[CONTROL], mode) if against else None))
     return rows
+
+
+def documents(mine: dict, control: dict, mode: str | None) -> dict | None:
+    """The bootstrap over documents, of the seeds that both sides have; None where a run has not saved its losses."""
+    import compare
+    import stats
+
+    seeds = sorted(mine.keys() & control.keys())
+    sides = [compare.documents_of([side[s] for s in seeds], mode) for side in (mine, control)] if seeds else [None]
+    return asdict(stats.document_bootstrap(*sides)) if all(sides) else None
 
 
 def table(rows: list[Row], mode: str | None) -> str:
@@ -378,14 +390,16 @@ def table(rows: list[Row], mode: str | None) -> str:
     def number(value, form):
         return "" if value is None else format(value, form)
 
+    def bounds(interval):
+        return "" if not interval or interval["low"] is None else f"[{interval['low']:+.6f}, {interval['high']:+.6f}]"
+
+    wide = any(r.documents for r in rows)
     head = ["setting", "n", "mean bpb", "seed sd", "minus control, paired", "95 % interval", "Welch p (better)", "bytes", "train s"]
-    lines = [head, ["---"] * len(head)]
+    lines = [head + ["95 % over documents"] * wide, ["---"] * (len(head) + wide)]
     for r in rows:
-        pair = r.paired or {}
-        low, high = pair.get("low"), pair.get("high")
         lines.append([r.setting + (f" ({r.failed} failed)" if r.failed else ""), str(r.n), number(r.mean, ".6f"), number(r.sd, ".6f"),
-                      number(pair.get("mean"), "+.6f"), "" if low is None else f"[{low:+.6f}, {high:+.6f}]", number(r.p, ".3g"),
-                      number(r.bytes, ","), number(r.seconds, ".1f")])
+                      number((r.paired or {}).get("mean"), "+.6f"), bounds(r.paired), number(r.p, ".3g"), number(r.bytes, ","),
+                      number(r.seconds, ".1f"), *[bounds(r.documents)] * wide])
     note = (f"Scores: {'pass ' + mode if mode else 'the best pass of each run'}. Lower is better, so a negative difference is a gain. "
             f"Intervals are Student's over paired seeds; where a setting does nothing, one interval in twenty leaves out zero all the same ({len(rows) - 1} here).")
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n\n" + note + "\n"

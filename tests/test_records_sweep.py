@@ -4,6 +4,7 @@ The program here is a stand-in that writes the events that the tools read, and c
 often it came to its end; the tutorial's test sweeps the real one.
 """
 import json
+import math
 import os
 import random
 import signal
@@ -148,6 +149,21 @@ def test_whole_sweep(place):
     folder = place / "out" / "kill"
     assert "| better | 3 | 2.416667 |" in (folder / "results.md").read_text() and (folder / "sweep.png").stat().st_size > 5000
     assert "min left" in done.stdout
+
+
+def test_documents_give_a_second_interval(place):
+    """Runs with DOC_LOSSES=1 leave their losses by document; the table then has a column for them."""
+    saved = PROGRAM.replace('told("ends.txt")', """told("ends.txt")
+    import numpy as np
+    size = np.arange(100, 300)
+    np.savez(folder / f"{name}.full.docs.npz", nats=(0.7 - 0.1 * float(env.get("GAIN", "0"))) * size + np.cos(size), tokens=size, bytes=size)
+    """.strip())
+    (place / "train_gpt.py").write_text(saved)
+    done = run(place, "--slots", "3")
+    assert done.returncode == 0 and "95 % over documents" in done.stdout, done.stdout + done.stderr
+    found = results(place)["better"]["documents"]
+    assert found["n"] == 200 and found["low"] <= found["mean"] <= found["high"] and found["mean"] == pytest.approx(-0.005 / math.log(2))
+    assert results(place)["control"]["documents"] is None
 
 
 def test_starting_again_runs_nothing(place):
