@@ -131,7 +131,8 @@ def is_there(place: Path, remote: Remote, entry: dict | None) -> bool:
     """True if a file is whole: right size, sound header, and the hub's hash - known from its entry, or taken now."""
     if not place.is_file() or place.stat().st_size != remote.size or (place.suffix == ".bin" and shard_problem(place)):
         return False
-    known = (entry or {}).get("sha256") if remote.sha256 else (entry or {}).get("blob")
+    entry = {} if not entry or "damaged" in entry else entry
+    known = entry.get("sha256") if remote.sha256 else entry.get("blob")
     return known == (remote.sha256 or remote.blob) or not hash_problem(place, remote)
 
 
@@ -291,13 +292,18 @@ def refresh_upstream(repo: str, commit: str, files: list[Remote], data_dir: Path
 
 
 def verify(data_dir: Path) -> int:
-    """Every file of the manifest by size, header and sha256, without a network; prints the problems and returns their number."""
+    """Every file of the manifest by size, header and sha256, without a network; prints the problems and returns their number.
+
+    The manifest remembers what was damaged, so that the next download looks at its content and not only at its size.
+    """
     files = (read_json(data_dir / "manifest.json") or {}).get("files")
     if not files:
         raise SystemExit(f"{data_dir / 'manifest.json'} knows no files; run this without --verify first")
-    problems = [p for place, entry in sorted(files.items()) if (p := entry_problem(entry | {"path": place}, data_dir))]
-    for problem in problems:
+    found = {place: entry_problem(entry | {"path": place}, data_dir) for place, entry in sorted(files.items())}
+    problems = {place: problem for place, problem in found.items() if problem}
+    for problem in problems.values():
         print(f"damaged: {problem}")
+    record(data_dir, {place: files[place] | {"damaged": problem} for place, problem in problems.items()})
     advice = "; the command that fetched them mends the others" if problems else ""
     print(f"{len(files) - len(problems)} of {len(files)} files are whole{advice}")
     return len(problems)
@@ -328,7 +334,7 @@ def fetch_missing(args: argparse.Namespace, commit: str, wanted: dict[Path, Remo
     there = {place for place, remote in wanted.items() if is_there(place, remote, known.get(names[place]))}
     missing = {place: remote for place, remote in wanted.items() if place not in there}
     check_space(args.data_dir, {place: remote.size for place, remote in missing.items()})
-    record(args.data_dir, {names[p]: known.get(names[p]) or entry_of(args.repo, commit, wanted[p], p) for p in there})
+    record(args.data_dir, {names[p]: entry_of(args.repo, commit, wanted[p], p) for p in there})
     size = sum(remote.size for remote in missing.values())
     print(f"{args.repo} at {commit[:12]}: {len(there)} files are there, {len(missing)} to fetch ({size:,} bytes)", flush=True)
     return fetch_all(args.repo, commit, missing, args.data_dir, args.workers) if missing else []

@@ -537,10 +537,11 @@ def prepare(source: Source, job: Job, data_dir: Path | str = "data", tokenizer: 
         return finished
     open_work(places, settings, force)
     with only_one(places.work):
+        begun = sum(t["source_bytes"] for t in (read_json(places.work / "state.json") or {}).get("totals", {}).values())
         manifest = read_json(places.work / "manifest.json") or make(places, job, source, settings, tokenizer, workers, log)
         publish(places, manifest, places.work)
     shutil.rmtree(places.work)
-    seconds, size = time.perf_counter() - started, sum(manifest[split]["source_bytes"] for split in SPLITS)
+    seconds, size = time.perf_counter() - started, sum(manifest[split]["source_bytes"] for split in SPLITS) - begun
     for split in SPLITS[::-1]:
         log(describe(split, manifest[split]))
     dropped = manifest["disjoint"]["train_dropped"]

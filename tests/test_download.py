@@ -124,6 +124,17 @@ def test_verify_finds_any_altered_byte_without_a_network(remote, tmp_path, capsy
     assert fetcher.main(["--verify", "--data-dir", str(tmp_path)]) == 0
 
 
+def test_what_verify_found_damaged_is_fetched_again(remote, tmp_path):
+    """Header and size are sound and the manifest knew the file as whole, so only its content can tell."""
+    fetch(tmp_path)
+    path = tmp_path / PLACE / TRAIN[1]
+    path.write_bytes(path.read_bytes()[:-1] + b"\x77")
+    assert fetcher.verify(tmp_path) == 1
+    remote.requests.clear()
+    assert fetch(tmp_path, "--skip-manifest") == 0 and remote.fetched() == [f"{SET}/{TRAIN[1]}"]
+    assert fetcher.verify(tmp_path) == 0 and "damaged" not in (tmp_path / "manifest.json").read_text()
+
+
 def test_verify_names_a_missing_file_and_an_empty_folder(remote, tmp_path, capsys):
     with pytest.raises(SystemExit, match="knows no files"):
         fetcher.verify(tmp_path / "nothing")
