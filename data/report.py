@@ -142,14 +142,19 @@ def draw(stats: dict[str, Stats], path: Path, title: str) -> None:
     pyplot.close(figure)
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("folder", type=Path, help="folder of fineweb_{train,val}_*.bin")
+    p.add_argument("--tokenizer", type=Path, help="SentencePiece model; default: the one that the manifest names")
+    p.add_argument("--picture", type=Path, help="write a picture there (needs matplotlib)")
+    p.add_argument("--json", type=Path, help="write the figures there")
+    return p
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0 when the report was made."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder of fineweb_{train,val}_*.bin")
-    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model; default: the one that the manifest names")
-    parser.add_argument("--picture", type=Path, help="write a picture there (needs matplotlib)")
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     try:
         stats, coder = report(args.folder, args.tokenizer)
     except (ShardError, ValueError) as error:

@@ -31,7 +31,8 @@ import sources
 import transforms
 import vocabulary
 
-WORDS = "the of and a to in is you that it he was for on are as with his they I at be this have from or one had by word Paris NATO McDonald".split()
+WORDS = ("the of and a to in is you that it he was for on are as with his they I at be this have from or one had by word "
+         "Paris NATO McDonald").split()
 QUIET = dict(log=lambda _: None)
 
 
@@ -47,10 +48,10 @@ TEXTS = make_texts(400)
 MODELS = {name: vocabulary.train(map(transforms.REGISTRY[name].encode, TEXTS), 400, transforms.REGISTRY[name].operators)
           for name in ("none", "caseops", "casefold")}
 MODELS["bytes"] = vocabulary.byte_model()
-CODERS = {"none": vocabulary.Coder(MODELS["none"]), "caseops": vocabulary.Coder(MODELS["caseops"], "caseops"),
-          "pairs": vocabulary.Coder(MODELS["caseops"], "caseops", pairs=True), "casefold": vocabulary.Coder(MODELS["casefold"], "casefold"),
-          "bytes": vocabulary.Coder(MODELS["bytes"])}
-CASED = st.text(st.sampled_from("aAbBßẞéÉΣσςǅİıK\u0301\u0331ﬁﬂ㎒ 's.1_-\n\u2581\u00a0" + "".join(transforms.OPERATORS.values())))
+CODERS = {kind: vocabulary.Coder(MODELS[kind], kind if kind in transforms.REGISTRY else "none") for kind in MODELS}
+CODERS["pairs"] = vocabulary.Coder(MODELS["caseops"], "caseops", pairs=True)
+ODD_LETTERS = "aAbBßẞéÉΣσςǅİıK\u0301\u0331ﬁﬂ㎒ 's.1_-\n\u2581\u00a0"
+CASED = st.text(st.sampled_from(ODD_LETTERS + "".join(transforms.OPERATORS.values())))
 ANY = st.one_of(st.text(), CASED, st.lists(st.sampled_from([*WORDS, "U.S.A.", "ΟΔΟΣ", "x" * 70]), max_size=12).map(" ".join))
 
 
@@ -67,6 +68,11 @@ def build(folder: Path, source, workers: int = 1, force: bool = False, tokenizer
     files = [source] if isinstance(source, Path) else source
     source = sources.Source(files, more.get("text_key", "text"), more.get("separator", ""))
     return prepare.prepare(source, job(**more), folder, tokenizer, workers, force, **QUIET)
+
+
+def read_split(folder: Path, kind: str) -> np.ndarray:
+    """All tokens of a split, or all entries of its sidecars (`val_bytes`)."""
+    return np.concatenate([shards.read_shard(path) for path in shards.split_paths(folder, kind)])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -98,8 +104,9 @@ def test_caseops_gives_any_text_back(text):
 
 
 @pytest.mark.parametrize("text, expected", [
-    ("The NATO iPhone", "{TITLE}the {UPPER}nato i{CAP}phone"), ("A", "{TITLE}a"), ("McD", "{CAP}mc{CAP}d"), ("aBC", "a{CAP}b{CAP}c"),
-    ("ΟΔΟΣ ῌ ǅ", "{UPPER}οδοσ ῌ ǅ"), ("\ue001x\ue004", "{ESC}\ue001x{ESC}\ue004"), ("U.S.", "{TITLE}u.{TITLE}s."), ("İstanbul", "İstanbul")])
+    ("The NATO iPhone", "{TITLE}the {UPPER}nato i{CAP}phone"), ("A", "{TITLE}a"), ("McD", "{CAP}mc{CAP}d"),
+    ("aBC", "a{CAP}b{CAP}c"), ("ΟΔΟΣ ῌ ǅ", "{UPPER}οδοσ ῌ ǅ"), ("\ue001x\ue004", "{ESC}\ue001x{ESC}\ue004"),
+    ("U.S.", "{TITLE}u.{TITLE}s."), ("İstanbul", "İstanbul")])
 def test_caseops_operators(text, expected):
     assert transforms.caseops_encode(text) == expected.format(**transforms.OPERATORS)
 
@@ -118,8 +125,7 @@ def test_case_pairs_are_the_same_under_every_python():
 def test_aliases_are_undone(ids):
     aliases = transforms.Aliases({(1, 2): 10, (1, 3): 11, (2, 2): 12})
     short = aliases.encode(ids)
-    assert aliases.decode(short) == ids and len(short) <= len(ids)
-    assert not any(pair in aliases.pairs for pair in zip(short, short[1:]) if 10 not in pair) or 2 in ids
+    assert aliases.decode(short) == ids and not any(pair in aliases.pairs for pair in zip(short, short[1:]))
 
 
 def test_aliases_must_be_free_ids():
@@ -204,16 +210,17 @@ def test_a_long_word_is_cut_and_loses_nothing():
 
 
 @pytest.mark.parametrize("kind", list(CODERS))
-@given(st.lists(st.sampled_from([*WORDS, "漢字" * 9, "x" * 70, "ΟΔΟΣ", "\n", "é", "U.S.A."]), max_size=60).map(" ".join), st.integers(2, 60))
-def test_a_long_text_has_the_same_tokens_slice_by_slice(kind, text, size):
-    whole = CODERS[kind].encode(text)
+@given(st.lists(st.sampled_from([*WORDS, "漢字" * 9, "x" * 70, "ΟΔΟΣ", "\n", "é", "U.S.A."]), max_size=60), st.integers(2, 60))
+def test_a_long_text_has_the_same_tokens_slice_by_slice(kind, words, size):
+    coder, text = CODERS[kind], " ".join(words)
+    whole = coder.encode(text)
     saved, vocabulary.SLICE_CHARS = vocabulary.SLICE_CHARS, size
     try:
-        assert CODERS[kind].encode(text).tolist() == whole.tolist() or CODERS[kind].decode(CODERS[kind].encode(text)) == CODERS[kind].decode(whole)
+        sliced = coder.encode(text)
+        assert coder.decode(sliced) == coder.decode(whole)
         if "漢" not in text:  # letters without spaces between them may fall into other pieces at a cut
-            assert CODERS[kind].encode(text).tolist() == whole.tolist()
-        parts = list(vocabulary.slices(text))
-        assert "".join(" " * lead + part for part, lead in parts) == text
+            assert sliced.tolist() == whole.tolist()
+        assert "".join(" " * lead + part for part, lead in vocabulary.slices(text)) == text
     finally:
         vocabulary.SLICE_CHARS = saved
 
@@ -228,13 +235,15 @@ def test_the_word_cache_does_not_change_tokens(monkeypatch):
 def train_kind(**more) -> bytes:
     """A model with other settings than the contest's."""
     model = io.BytesIO()
-    settings = dict(model_type="bpe", vocab_size=330, byte_fallback=True, normalization_rule_name="nmt_nfkc", add_dummy_prefix=False,
-                    pad_id=0, bos_id=1, eos_id=2, unk_id=3, hard_vocab_limit=False, minloglevel=2)
-    spm.SentencePieceTrainer.train(sentence_iterator=vocabulary.sentences([*TEXTS, *["one of the word (of the)"] * 300]), model_writer=model, **{**settings, **more})
+    settings = dict(model_type="bpe", vocab_size=330, byte_fallback=True, normalization_rule_name="nmt_nfkc", pad_id=0, bos_id=1,
+                    eos_id=2, unk_id=3, add_dummy_prefix=False, hard_vocab_limit=False, minloglevel=2)
+    texts = vocabulary.sentences([*TEXTS, *["one of the word (of the)"] * 300])
+    spm.SentencePieceTrainer.train(sentence_iterator=texts, model_writer=model, **{**settings, **more})
     return model.getvalue()
 
 
-@pytest.mark.parametrize("more", [dict(split_by_whitespace=False, vocab_size=600), dict(model_type="unigram"), dict(split_by_unicode_script=False)])
+@pytest.mark.parametrize("more", [dict(split_by_whitespace=False, vocab_size=600), dict(model_type="unigram"),
+                                  dict(split_by_unicode_script=False)])
 def test_other_kinds_of_tokenizers_are_exact_too(more):
     """Pieces across spaces, unigram models, pieces of letters and signs: no short cut where none is sound."""
     coder = vocabulary.Coder(train_kind(**more))
@@ -245,7 +254,8 @@ def test_other_kinds_of_tokenizers_are_exact_too(more):
 
 def test_tokenizers_that_cannot_be_used_are_refused():
     for model, transform, pairs, message in [
-            (MODELS["none"], "caseops", False, r"no piece for U\+E001; train one"), (MODELS["none"], "none", True, "pair aliases need"),
+            (MODELS["none"], "caseops", False, r"no piece for U\+E001; train one"),
+            (MODELS["none"], "none", True, "pair aliases need"),
             (train_kind(bos_id=2, eos_id=1), "none", False, "BOS must be 1")]:
         with pytest.raises(ValueError, match=message):
             vocabulary.Coder(model, transform, pairs)
@@ -269,7 +279,8 @@ def test_manifest_and_shards_agree_with_the_text(toy):
     folder, manifest = toy
     coder = vocabulary.Coder((folder / "data/tokenizers/toy.model").read_bytes())
     documents = {s: list(shards.documents(shards.split_paths(folder / "data/datasets/toy", s))) for s in prepare.SPLITS}
-    assert [coder.decode(d) for d in documents["val"] + documents["train"]] == [coder.sp.normalize(t).replace("\u2581", " ") for t in TEXTS]
+    normalised = [coder.sp.normalize(text).replace("\u2581", " ") for text in TEXTS]
+    assert [coder.decode(d) for d in documents["val"] + documents["train"]] == normalised
     for split, first in (("val", 0), ("train", 50)):
         entry, texts = manifest[split], TEXTS[first:first + len(documents[split])]
         assert (entry["documents"], entry["tokens"]) == (len(texts), sum(map(len, documents[split])))
@@ -312,7 +323,8 @@ def test_a_short_shard_of_a_finished_data_set_is_named(toy, tmp_path):
 def with_sidecar(tmp_path_factory) -> Path:
     """A caseops data set in few small shards; tests must leave it as it was."""
     folder = tmp_path_factory.mktemp("sidecar")
-    build(folder, jsonl(folder / "docs.jsonl", TEXTS[:60]), transform="caseops", pairs=True, val_docs=10, shard_tokens=1000, vocab_size=330)
+    source = jsonl(folder / "docs.jsonl", TEXTS[:60])
+    build(folder, source, transform="caseops", pairs=True, val_docs=10, shard_tokens=1000, vocab_size=330)
     return folder / "datasets/toy"
 
 
@@ -368,7 +380,7 @@ def test_documents_on_both_sides_leave_training_and_are_counted(tmp_path):
 def test_sidecars_match_their_shards_and_count_the_original_bytes(with_sidecar):
     manifest = json.loads((with_sidecar / "manifest.json").read_text())
     coder = vocabulary.Coder((with_sidecar.parent.parent / "tokenizers/toy.model").read_bytes(), "caseops", pairs=True)
-    tokens, sizes = (np.concatenate([shards.read_shard(p) for p in shards.split_paths(with_sidecar, kind)]) for kind in ("val", "val_bytes"))
+    tokens, sizes = (read_split(with_sidecar, kind) for kind in ("val", "val_bytes"))
     assert len(tokens) == len(sizes) and not list(with_sidecar.glob("fineweb_train_bytes*"))
     starts = np.flatnonzero(tokens == 1)
     per_document = [int(part.sum()) for part in np.split(sizes, starts[1:])]
@@ -380,7 +392,7 @@ def test_bpb_from_sidecar_and_table_agree_where_both_apply(tmp_path):
     """On untransformed text, through train_gpt.py's own table."""
     build(tmp_path, jsonl(tmp_path / "docs.jsonl", TEXTS), sidecar=True)
     folder, tg = tmp_path / "datasets/toy", trainer()
-    tokens, sizes = (np.concatenate([shards.read_shard(p) for p in shards.split_paths(folder, kind)]) for kind in ("val", "val_bytes"))
+    tokens, sizes = (read_split(folder, kind) for kind in ("val", "val_bytes"))
     table = tg.Tokenizer(tmp_path / "tokenizers/toy.model", 400).count_bytes(tokens)
     nats = np.random.default_rng(0).random(len(tokens) - 1)
     assert nats.sum() / np.log(2) / table.sum() == nats.sum() / np.log(2) / sizes[1:].astype(np.int64).sum()
@@ -562,7 +574,8 @@ ODD = [{"text": ""}, {"text": " \n "}, {"text": None}, {"id": 3}, {"text": 5}, {
 
 
 def odd_file(path: Path) -> Path:
-    lines = [json.dumps(record).encode() for record in ODD] + [b"", b'{"text": "bad \xff byte"}', b'{"text": "utf-8 surrogate \xed\xa0\x80"}']
+    lines = [json.dumps(record).encode() for record in ODD]
+    lines += [b"", b'{"text": "bad \xff byte"}', b'{"text": "utf-8 surrogate \xed\xa0\x80"}']
     path.write_bytes(b"\n".join([*lines, *(json.dumps({"text": t}).encode() for t in TEXTS[:100])]))
     return path
 
@@ -598,14 +611,16 @@ def test_broken_sources_are_named(tmp_path):
     (tmp_path / "cut.jsonl.xz").write_bytes(lzma.compress(good.read_bytes())[:-40])
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(good.read_bytes())[:-40])
     (tmp_path / "x.bin").write_bytes(b"1")
-    for name, message in [("broken.jsonl", "document 399, line 400: not JSON"), ("cut.jsonl.xz", "cut.jsonl.xz is damaged"),
-                          ("cut.jsonl.gz", "cut.jsonl.gz is damaged"), ("none.jsonl", "none.jsonl is missing"), ("x.bin", "x.bin: unknown kind")]:
+    for name, message in [
+            ("broken.jsonl", "document 399, line 400: not JSON"), ("cut.jsonl.xz", "cut.jsonl.xz is damaged"),
+            ("cut.jsonl.gz", "cut.jsonl.gz is damaged"), ("none.jsonl", "none.jsonl is missing"), ("x.bin", "x.bin: unknown kind")]:
         with pytest.raises(sources.SourceError, match=message):
             build(tmp_path / "data", tmp_path / name)
-    assert not list((tmp_path / "data").rglob("fineweb_*_0*.bin")) or not (tmp_path / "data/datasets/toy").exists()
+    assert not (tmp_path / "data/datasets/toy").exists()
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n"), max_size=20), min_size=1, max_size=8), st.integers(1, 40), st.data())
+@given(st.lists(st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"]), max_size=20), min_size=1, max_size=8),
+       st.integers(1, 40), st.data())
 def test_units_hold_every_document_once_however_they_are_cut(texts, size, data):
     raw = b"".join(json.dumps(t).encode() + b"\n" for t in texts)
     saved, sources.UNIT_BYTES = sources.UNIT_BYTES, size
@@ -683,14 +698,14 @@ def test_command_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("args, message", [
-    ([], "name the files to read"), (["x.jsonl", "--vocab-size", "100"], "260 to 65536"), (["x.jsonl", "--val-docs", "0"], "--val-docs must be"),
-    (["x.jsonl"], "x.jsonl is missing"), (["x.jsonl", "--tokenizer", "no.model"], "no.model is missing")])
+    ([], "name the files to read"), (["x.jsonl", "--vocab-size", "100"], "260 to 65536"), (["x.jsonl"], "x.jsonl is missing"),
+    (["x.jsonl", "--val-docs", "0"], "--val-docs must be"), (["x.jsonl", "--tokenizer", "no.model"], "no.model is missing")])
 def test_wrong_commands_are_refused(args, message):
     with pytest.raises(SystemExit, match=message):
         prepare.main(args)
 
 
-@pytest.mark.parametrize("error, message", [(OSError(28, "No space left on device"), "No space left"), (KeyboardInterrupt(), "stopped")])
+@pytest.mark.parametrize("error, message", [(OSError(28, "No space left on device"), "No space"), (KeyboardInterrupt(), "stopped")])
 def test_a_full_disk_or_a_stop_says_how_to_go_on(tmp_path, monkeypatch, error, message):
     def fail(*_):
         raise error
