@@ -114,7 +114,8 @@ def repeat(folder: Path, run: runs.Run, root: Path) -> Repeat:
     # where the program looks without these knobs, but seen from the folder
     data = config["DATA_PATH"] or f"data/datasets/fineweb10B_sp{config['VOCAB_SIZE']}"
     tokenizer = config["TOKENIZER_PATH"] or f"data/tokenizers/fineweb_{config['VOCAB_SIZE']}_bpe.model"
-    places = {"ARTIFACT": run.beside(".artifact"), "ARTIFACT_DIR": logs, "DATA_PATH": root / data, "TOKENIZER_PATH": root / tokenizer}
+    places = {"ARTIFACT": run.beside(".artifact"), "ARTIFACT_DIR": logs, "DATA_PATH": root / data,
+              "TOKENIZER_PATH": root / tokenizer}
     # relative: the log of this is shipped, and another machine's folders mean nothing to its reader
     env = {k: os.path.relpath(v, folder) for k, v in places.items()}
     ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={run.world}"] if run.world > 1 else []
@@ -251,14 +252,15 @@ def plan_lines(run: runs.Run) -> list[str]:
     return re.findall(r"^(?:plan with.*|model_params:.*|attention:.*|train_batch_tokens:.*)$", body, re.M)
 
 
-ARCHITECTURE = ("VOCAB_SIZE NUM_LAYERS MODEL_DIM NUM_HEADS NUM_KV_HEADS MLP_MULT MLP_ACT XSA_LAST_N ATTN_GATE SMEAR_GATE "
-                "UNET_SKIPS NUM_LOOPS LOOP_START LOOP_END PARALLEL_RESIDUAL TIE_EMBEDDINGS QUANTIZER MATRIX_BITS EMBED_BITS").split()
+ARCHITECTURE = ("VOCAB_SIZE NUM_LAYERS MODEL_DIM NUM_HEADS NUM_KV_HEADS MLP_MULT MLP_ACT XSA_LAST_N ATTN_GATE SMEAR_GATE UNET_SKIPS "
+                "NUM_LOOPS LOOP_START LOOP_END PARALLEL_RESIDUAL TIE_EMBEDDINGS QUANTIZER MATRIX_BITS EMBED_BITS").split()
 
 
 def validation_line(told: dict) -> str:
     """What was scored, and whether it is the contest's own set."""
     v = told["validation"]
-    line = f"Scored on {v['documents']:,} documents, {v['tokens']:,} tokens, {v['bytes']:,} bytes (sha256 of the tokens {v['sha256'][:16]}...)."
+    line = (f"Scored on {v['documents']:,} documents, {v['tokens']:,} tokens, {v['bytes']:,} bytes "
+            f"(sha256 of the tokens {v['sha256'][:16]}...).")
     if v["first_documents_only"]:
         line += f" Only the first {v['first_documents_only']:,} documents of the set (VAL_DOCS)."
     if not check.is_fineweb(v):
@@ -270,7 +272,9 @@ def readme(found: list[runs.Run], told: Told, data: dict, preset: dict[str, str]
     """README.md of the folder, all of it generated."""
     first, largest = found[0], max(found, key=lambda r: r.total)
     knobs = data["config_diff"]["knobs"]
-    changed = table(["knob", "here", f"PRESET={told.against}"], [[f"`{k}`", f"`{v['here']}`", f"`{v['preset']}`"] for k, v in knobs.items()])
+    changed = table(["knob", "here", f"PRESET={told.against}"],
+                    [[f"`{k}`", f"`{v['here']}`", f"`{v['preset']}`"] for k, v in knobs.items()])
+    shape = [[f"`{k}`", f"`{first.config[k]}`"] for k in ARCHITECTURE if k in first.config]
     repeated = [r["repeated_by_shipped_code"] for r in data["seed_results"].values() if "repeated_by_shipped_code" in r]
     proof = (f"It was run from this folder in MODE=eval on {len(repeated)} of {len(found)} artifacts; the scores repeat "
              f"(largest difference {max(r['largest_difference'] for r in repeated):.1e} bpb)." if repeated else
@@ -279,8 +283,7 @@ def readme(found: list[runs.Run], told: Told, data: dict, preset: dict[str, str]
         f"# {told.name}: {data['val_bpb']:.5f} bpb", *([told.blurb] if told.blurb != told.name else []),
         f"## Results\n\n{results_table(found)}\n\n{validation_line(data)} {data['hardware']}, torch {first.torch}.",
         f"## What changed against PRESET={told.against}\n\n{changed if knobs else 'Nothing.'}",
-        "## Architecture\n\n" + table(["knob", "value"], [[f"`{k}`", f"`{first.config[k]}`"] for k in ARCHITECTURE if k in first.config])
-        + "\n\n```\n" + "\n".join(plan_lines(first)) + "\n```",
+        "## Architecture\n\n" + table(["knob", "value"], shape) + "\n\n```\n" + "\n".join(plan_lines(first)) + "\n```",
         f"## Size by part (seed {largest.seed}, the largest)\n\n" + table(["part", "bytes"], [
             *([n, f"{b:,}"] for n, b in sorted(largest.parts.items(), key=lambda x: -x[1])),
             ["**total**", f"**{largest.total:,}** of {runs.CAP:,}"]]),
@@ -297,7 +300,8 @@ def readme(found: list[runs.Run], told: Told, data: dict, preset: dict[str, str]
 
 def requirements(run: runs.Run, root: Path) -> str:
     """The program's requirements, at the versions that ran: torch as its log says, the others as installed here."""
-    names = [re.split(r"[<>=~! ]", line.strip())[0] for line in (root / "requirements.txt").read_text().splitlines() if line.strip()]
+    lines = (root / "requirements.txt").read_text().splitlines()
+    names = [re.split(r"[<>=~! ]", line.strip())[0] for line in lines if line.strip()]
     versions = {"torch": run.torch.partition("+")[0]}
     for name in names:
         try:
@@ -331,8 +335,8 @@ def build(found: list[runs.Run], told: Told, folder: Path, root: Path, repeats: 
     chosen = {"all": found, "first": found[:1], "none": []}[repeats]
     again = {}
     for run in chosen:
-        again[run.seed] = repeat(folder, run, root)
-        print(f"seed {run.seed}: the shipped file repeats {again[run.seed].bpb:.8f} (difference {again[run.seed].difference:.1e})", flush=True)
+        again[run.seed] = second = repeat(folder, run, root)
+        print(f"seed {run.seed}: the shipped file repeats {second.bpb:.8f} (difference {second.difference:.1e})", flush=True)
     copy_runs(found, folder, extras)
     own, other = (preset_config(folder / "train_gpt.py", p, first.config) for p in (first.config["PRESET"], told.against))
     changed = {k: {"here": v, "preset": other[k]} for k, v in differences(first.config, other).items()}
@@ -381,7 +385,8 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--date", default=datetime.date.today().isoformat())
     parser.add_argument("--out", type=Path, default=ROOT / "records", help="folder of the track folders")
     parser.add_argument("--root", type=Path, default=ROOT, help="where the runs' relative paths start")
-    parser.add_argument("--repeat", choices=("all", "first", "none"), default="all", help="artifacts that the shipped file scores again")
+    parser.add_argument("--repeat", choices=("all", "first", "none"), default="all",
+                        help="artifacts that the shipped file scores again")
     parser.add_argument("--artifacts", action="store_true", help="put the artifacts into the folder")
     parser.add_argument("--documents", action="store_true", help="put the per-document losses into it (compare.py reads them)")
     return parser

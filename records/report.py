@@ -228,7 +228,8 @@ def stack(ax, y: int, parts: dict, order: list, unit: float, peak: int) -> None:
         size = parts.get(part, 0)
         ax.barh(y, size / unit, 0.66, left=left / unit, color=part_colour(i), edgecolor="white", lw=0.6)
         if size > 0.055 * peak:
-            ax.text((left + size / 2) / unit, y, f"{size / unit:.{2 if unit == 1e6 else 1}f}", ha="center", va="center", color="white", fontsize=8.5)
+            ax.text((left + size / 2) / unit, y, f"{size / unit:.{2 if unit == 1e6 else 1}f}", ha="center", va="center",
+                    color="white", fontsize=8.5)
         left += size
 
 
@@ -290,7 +291,8 @@ def forest(rows: list, title: str) -> Figure:
             ax.plot([p["low"], p["high"]], [y, y], color=colour, lw=2.2, solid_capstyle="butt")
         ax.plot(p["mean"], y, "s", ms=7, color=colour)
         ax.annotate(f"{p['mean']:+.4f}  n = {p['n']}", (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=9)
-    ax.set_yticks(range(len(shown)), [r.setting for r in shown]), ax.set_ylim(max(len(shown), 1) - 0.5, -0.5), ax.grid(False, axis="y")
+    ax.set_yticks(range(len(shown)), [r.setting for r in shown]), ax.grid(False, axis="y")
+    ax.set_ylim(max(len(shown), 1) - 0.5, -0.5)
     ax.set_xlabel("bpb minus control, paired seeds, 95 % interval  (left is better)")
     control = next((r for r in rows if not r.paired and r.mean is not None), None)
     ax.set_title(title + (f": control {control.mean:.4f} bpb, n = {control.n}" if control else ""))
@@ -321,29 +323,38 @@ def html_table(head: list[str], rows: list[list[str]]) -> str:
 
 def runs_table(groups: dict[str, list[runs.Run]]) -> str:
     """A row a run: what it was and what came of it."""
-    head = ["run", "seed", "recipe", "steps", "ms a step", *(label.replace("\n", " ") for _, label in STAGES), "bytes", "train s", "eval s", "end"]
+    head = ["run", "seed", "recipe", "steps", "ms a step", *(label.replace("\n", " ") for _, label in STAGES), "bytes", "train s",
+            "eval s", "end"]
     rows = []
     for name, members in groups.items():
         for r in members:
-            stages = stage_scores(r)
-            end = "unfinished" if not r.finished else "; ".join(r.failures or []) or "legal" if r.dialect != "upstream" else "no verdict"
+            stages, end = stage_scores(r), how_it_ended(r)
             fine = end in ("legal", "no verdict")
             rows.append([html.escape(name), r.seed, r.recipe or "", r.steps or "", f"{r.step_ms:.1f}" if r.step_ms else "",
-                         *(f"{stages[label]:.5f}" if label in stages else "" for _, label in STAGES), f"{r.total:,}" if r.total else "",
-                         f"{r.train_seconds:.1f}" if r.train_seconds else "", f"{r.eval_seconds:.1f}" if r.eval_seconds else "",
+                         *(f"{stages[label]:.5f}" if label in stages else "" for _, label in STAGES),
+                         f"{r.total:,}" if r.total else "", f"{r.train_seconds:.1f}" if r.train_seconds else "",
+                         f"{r.eval_seconds:.1f}" if r.eval_seconds else "",
                          html.escape(end) if fine else f'<span class="bad">{html.escape(end)}</span>'])
     return html_table(head, rows)
 
 
+def how_it_ended(run: runs.Run) -> str:
+    """In a word or the run's own; foreign logs give no verdict."""
+    if not run.finished:
+        return "unfinished"
+    return "no verdict" if run.dialect == "upstream" else "; ".join(run.failures) or "legal"
+
+
 def knobs_table(groups: dict[str, list[runs.Run]]) -> str:
     """Knobs in which the recipes differ, a column a recipe."""
-    configs = {n: {k: v for k, v in g[0].config.items() if k not in ("RUN_ID", "SEED", "ARTIFACT_DIR", "ARTIFACT", "CHECKPOINT", "MODE")}
-               for n, g in groups.items()}
+    own = {"RUN_ID", "SEED", "ARTIFACT_DIR", "ARTIFACT", "CHECKPOINT", "MODE"}  # say which run, not what it did
+    configs = {n: {k: v for k, v in g[0].config.items() if k not in own} for n, g in groups.items()}
     names = sorted({k for c in configs.values() for k in c})
     apart = [k for k in names if len({str(c.get(k)) for c in configs.values()}) > 1]
     if not apart:
         return "<p>The recipes do not differ in any knob.</p>" if len(groups) > 1 else ""
-    return html_table(["knob", *map(html.escape, configs)], [[k, *(html.escape(str(c.get(k, ""))) for c in configs.values())] for k in apart])
+    rows = [[k, *(html.escape(str(c.get(k, ""))) for c in configs.values())] for k in apart]
+    return html_table(["knob", *map(html.escape, configs)], rows)
 
 
 def page(title: str, groups: dict, pictures: dict[str, Path]) -> str:
@@ -389,7 +400,8 @@ def main(args: list[str] | None = None) -> int:
     given = parser.parse_args(args)
     rows = next((r for r in map(sweep_rows, map(Path, given.runs)) if r), None)
     try:
-        found = [r for name in given.runs for r in runs.find(str(Path(name) / "logs") if (Path(name) / "sweep.json").is_file() else name)]
+        places = [str(Path(n) / "logs") if (Path(n) / "sweep.json").is_file() else n for n in given.runs]
+        found = [r for place in places for r in runs.find(place)]
     except runs.Unreadable as e:
         print(f"report: {e}", file=sys.stderr)
         return 2

@@ -190,7 +190,8 @@ def book(run: Run, event: dict) -> None:
 NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
 STEP = re.compile(rf"^(?:step:)?(\d+)/\d+ train_loss: ?{NUMBER} train_time: ?{NUMBER}(ms|m|s)\b", re.M)
 CHECK = re.compile(rf"^(?:step:)?(\d+)/\d+ val_loss: ?{NUMBER} val_bpb: ?{NUMBER}", re.M)
-SCORE = re.compile(rf"^((?:diagnostic )?[A-Za-z][\w +-]*?) val_loss: ?{NUMBER} val_bpb: ?{NUMBER}(?: eval_time: ?{NUMBER}ms)?", re.M)
+SCORE = re.compile(rf"^((?:diagnostic )?[A-Za-z][\w +-]*?) val_loss: ?{NUMBER} val_bpb: ?{NUMBER}"
+                   rf"(?: eval_time: ?{NUMBER}ms)?", re.M)
 TOTAL = re.compile(r"^Total submission size\b[^:\n]*: (\d+)", re.M)
 MODEL = re.compile(r"^Serialized model [^:\n]+: (\d+)", re.M)
 CODE = re.compile(r"^Code size(?! \(uncompressed)[^:\n]*: (\d+)", re.M)
@@ -327,8 +328,8 @@ def load(path: Path) -> Run:
         run, text = from_events(path), next((t for t in map(path.with_suffix, (".txt", ".log")) if t.is_file()), None)
         if text:
             told = from_log(text)
-            run.device, run.torch, run.python, run.params, run.source = told.device, told.torch, told.python, told.params, told.source
-            run.changed, run.checks, run.launches = told.changed, told.checks, told.launches
+            for name in ("device", "torch", "python", "params", "source", "changed", "checks", "launches"):
+                setattr(run, name, getattr(told, name))
         return run
     return from_log(path)
 

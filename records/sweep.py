@@ -259,7 +259,8 @@ class Sweep:
         # relative, so that logs, which are published, do not show this machine's folders
         own = {"RUN_ID": job.id, "SEED": str(job.seed), "ARTIFACT_DIR": os.path.relpath(self.logs, self.root)}
         with open(self.folder / "console" / f"{job.id}.txt", "w") as console:
-            process = subprocess.Popen([sys.executable, *launch, str(program)], cwd=self.root, stdout=console, stderr=subprocess.STDOUT,
+            process = subprocess.Popen([sys.executable, *launch, str(program)], cwd=self.root, stdout=console,
+                                       stderr=subprocess.STDOUT,
                                        env={**self.shell, **self.places[slot], **dict(job.knobs), **own},
                                        pass_fds=[lock], start_new_session=True)
         os.close(lock)
@@ -267,8 +268,8 @@ class Sweep:
 
     def set_aside(self, job: Job) -> None:
         """Move what an unfinished attempt has left, since the program appends to a log of its name."""
-        left = sorted(self.logs.glob(f"{job.id}.*"))
-        left = [f for f in left if f.name.removeprefix(job.id + ".") in ("txt", "jsonl", "ckpt", "artifact", "packed.py", "score.json")]
+        names = [f"{job.id}.{suffix}" for suffix in ("txt", "jsonl", "ckpt", "artifact", "packed.py", "score.json")]
+        left = [self.logs / name for name in names if (self.logs / name).exists()]
         if left:
             folder = next(p for i in itertools.count(1) if not (p := self.folder / "failed" / f"{job.id}.{i}").exists())
             folder.mkdir()
@@ -369,7 +370,8 @@ def summarise(sweep: Sweep, mode: str | None = None) -> list[Row]:
         members = done[setting].values()
         rows.append(Row(setting, len(mine), sum(sweep.failure(j).exists() for j in sweep.spec.jobs if j.setting == setting),
                         runs.mean(mine.values()) if mine else None, runs.spread(mine.values()) if len(mine) > 1 else None,
-                        asdict(pair) if pair else None, test.p if test else None, max((r.total or 0 for r in members), default=None),
+                        asdict(pair) if pair else None, test.p if test else None,
+                        max((r.total or 0 for r in members), default=None),
                         runs.mean(r.train_seconds for r in members) if members else None,
                         documents(done[setting], done[CONTROL], mode) if against else None))
     return rows
@@ -397,11 +399,12 @@ def table(rows: list[Row], mode: str | None) -> str:
     head = ["setting", "n", "mean bpb", "seed sd", "minus control, paired", "95 % interval", "Welch p (better)", "bytes", "train s"]
     lines = [head + ["95 % over documents"] * wide, ["---"] * (len(head) + wide)]
     for r in rows:
-        lines.append([r.setting + (f" ({r.failed} failed)" if r.failed else ""), str(r.n), number(r.mean, ".6f"), number(r.sd, ".6f"),
-                      number((r.paired or {}).get("mean"), "+.6f"), bounds(r.paired), number(r.p, ".3g"), number(r.bytes, ","),
-                      number(r.seconds, ".1f"), *[bounds(r.documents)] * wide])
-    note = (f"Scores: {'pass ' + mode if mode else 'the best pass of each run'}. Lower is better, so a negative difference is a gain. "
-            f"Intervals are Student's over paired seeds; where a setting does nothing, one interval in twenty leaves out zero all the same ({len(rows) - 1} here).")
+        lines.append([r.setting + (f" ({r.failed} failed)" if r.failed else ""), str(r.n), number(r.mean, ".6f"),
+                      number(r.sd, ".6f"), number((r.paired or {}).get("mean"), "+.6f"), bounds(r.paired),
+                      number(r.p, ".3g"), number(r.bytes, ","), number(r.seconds, ".1f"), *[bounds(r.documents)] * wide])
+    note = (f"Scores: {'pass ' + mode if mode else 'the best pass of each run'}. Lower is better, so a negative difference is a "
+            f"gain. Intervals are Student's over paired seeds; where a setting does nothing, one interval in twenty leaves out zero "
+            f"all the same ({len(rows) - 1} here).")
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n\n" + note + "\n"
 
 

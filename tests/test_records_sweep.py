@@ -223,6 +223,22 @@ def test_what_was_cut_off_is_set_aside(place):
     assert (place / "out/kill/logs/control.s1.jsonl").read_text().count('"config"') == 1
 
 
+def test_groups_of_gpus_run_under_torchrun(place):
+    """Two ranks a run, on GPUs of its own, and only rank 0 writes. No GPU is needed: the stand-in only says what it sees."""
+    ranks = "import os, sys\nwith open('ranks.txt', 'a') as f:\n    f.write(f\"{os.environ['RUN_ID']}:{os.environ['RANK']}/" \
+            "{os.environ['WORLD_SIZE']}@{os.environ['CUDA_VISIBLE_DEVICES']}\\n\")\nif os.environ['RANK'] != '0':\n    sys.exit()\n"
+    (place / "train_gpt.py").write_text(ranks + PROGRAM)
+    (place / "spec.toml").write_text(SPEC.replace("[1, 2, 3]", "[1]"))
+    done = subprocess.run(command(place, "--gpus-per-run", "2"), cwd=place, text=True, capture_output=True, timeout=120,
+                          env=environment(CUDA_VISIBLE_DEVICES="4,5,6,7"))
+    assert done.returncode == 0 and "2 at a time" in done.stdout, done.stdout + done.stderr
+    seen = told(place, "ranks.txt")
+    for run_id in ("control.s1", "better.s1", "worse.s1"):
+        mine = sorted(x.partition(":")[2] for x in seen if x.startswith(run_id))
+        assert mine in (["0/2@4,5", "1/2@4,5"], ["0/2@6,7", "1/2@6,7"])
+    assert {x.partition("@")[2] for x in seen} == {"4,5", "6,7"}
+
+
 def test_two_sweeps_do_not_share_a_folder(place):
     live = start(place)
     while not told(place, "starts.txt"):
