@@ -21,6 +21,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # no display is needed, nor touched
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 from matplotlib.figure import Figure
 
 import runs
@@ -90,31 +91,59 @@ def note(ax, text: str) -> None:
 # Loss curves
 # ----------------------------------------------------------------------------------------------------------------------
 def curves(groups: dict[str, list[runs.Run]]) -> Figure:
-    """Training loss over steps, tokens and seconds on the training clock; validations during training as dots."""
-    fig, axes = figure(12, 4.2, ncols=3, sharey=True)
+    """Training loss over steps, tokens and seconds; validations as dots; with several recipes, differences to the first."""
+    several = len(groups) > 1
+    fig, table = figure(12, 7.6, ncols=2, nrows=2) if several else figure(12, 4.2, ncols=3)
+    axes = table.flat
     units = (("steps", lambda r, p: p.step), ("million tokens", lambda r, p: p.step * r.batch / 1e6),
              ("seconds of training", lambda r, p: p.seconds))
-    for ax, (unit, x) in zip(axes[0], units):
+    limits = loss_limits([r for members in groups.values() for r in members])
+    for ax, (unit, x) in zip(axes, units):
         for name, colour in colours(groups).items():
             for i, run in enumerate(groups[name]):
                 ax.plot([x(run, p) for p in run.train], [p.loss for p in run.train], color=colour, lw=1.3,
                         alpha=0.9 if len(groups[name]) == 1 else 0.6, label=name if not i else None)
-        ax.set_xlabel(unit), ax.set_xlim(left=0)
+        ax.set_xlabel(unit), ax.set_xlim(left=0), ax.set_ylim(*limits)
     for name, colour in colours(groups).items():
         for run in groups[name]:
-            axes[0, 0].plot([s for s, *_ in run.checks], [loss for _, loss, _ in run.checks], "o", ms=4, color=colour)
-    axes[0, 0].set_ylabel("training loss (nats a token)")
-    low, high = loss_limits([r for members in groups.values() for r in members])
-    axes[0, 0].set_ylim(low, high)
-    legend(fig, axes[0, 0], len(groups))
+            axes[0].plot([s for s, *_ in run.checks], [loss for _, loss, _ in run.checks], "o", ms=4, color=colour)
+    for ax in table[:, 0]:
+        ax.set_ylabel("training loss (nats a token)")
+    if several:
+        draw_differences(axes[3], groups)
+    legend(fig, axes[0], len(groups))
     return fig
 
 
+def draw_differences(ax, groups: dict[str, list[runs.Run]]) -> None:
+    """Loss minus the first recipe's, means over seeds: where curves lie on each other, this shows which is lower."""
+    first, *others = groups
+    base, values = mean_losses(groups[first]), []
+    for name in others:
+        mine = mean_losses(groups[name])
+        steps = sorted(base.keys() & mine.keys())
+        gaps = [mine[s] - base[s] for s in steps]
+        # a batch's luck is common to both, but not all of it: average over five points
+        smooth = [runs.mean(gaps[max(0, i - 2):i + 3]) for i in range(len(gaps))]
+        ax.plot(steps, smooth, color=colours(groups)[name], lw=1.5)
+        values += smooth[len(smooth) // 5:]
+    ax.axhline(0, color=colours(groups)[first], lw=1.5)
+    room = 0.1 * (max(values) - min(values)) if values else 1.0
+    ax.set_ylim(min([*values, 0]) - room, max([*values, 0]) + room)
+    ax.set_xlabel("steps"), ax.set_xlim(left=0), ax.set_title(f"minus {first}, five points' mean")
+
+
+def mean_losses(members: list[runs.Run]) -> dict[int, float]:
+    """Step -> training loss, mean over the seeds that reached it, where all did."""
+    tables = [{p.step: p.loss for p in r.train} for r in members]
+    return {s: runs.mean(t[s] for t in tables) for s in sorted(set.intersection(*map(set, tables)))}
+
+
 def loss_limits(found: list[runs.Run]) -> tuple[float, float]:
-    """Axis from just under the lowest loss to where the curves are after a tenth of the run: the first fall says little."""
+    """Axis from just under the lowest loss to where the curves are after a fifth of the run: the first fall says little."""
     losses = [p.loss for r in found for p in r.train]
     longest = max((r.train[-1].step for r in found if r.train), default=0)  # a run that broke off early is all first fall
-    later = [p.loss for r in found for p in r.train if p.step >= 0.1 * longest]
+    later = [p.loss for r in found for p in r.train if p.step >= 0.2 * longest]
     if not losses:
         return 0.0, 1.0
     room = 0.05 * (max(later) - min(losses)) or 0.1
@@ -294,6 +323,7 @@ def forest(rows: list, title: str) -> Figure:
     ax.set_yticks(range(len(shown)), [r.setting for r in shown]), ax.grid(False, axis="y")
     ax.set_ylim(max(len(shown), 1) - 0.5, -0.5)
     ax.set_xlabel("bpb minus control, paired seeds, 95 % interval  (left is better)")
+    ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6))
     control = next((r for r in rows if not r.paired and r.mean is not None), None)
     ax.set_title(title + (f": control {control.mean:.4f} bpb, n = {control.n}" if control else ""))
     if not shown:

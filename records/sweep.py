@@ -16,7 +16,7 @@ A spec is TOML:
     [grid]                         # and/or a grid: all combinations but that of the first values, which is the control
     MUON_WD = [0.095, 0.05]
 
-Everything lies in OUT/NAME: logs/, a copy of the program (an edit meanwhile does not mix two programs), console/, failed/,
+Without settings and grid it is the seeds of one recipe, as a record needs them. Everything lies in OUT/NAME: logs/, a copy of the program (an edit meanwhile does not mix two programs), console/, failed/,
 results.md, results.json, sweep.png. Start it again after a kill: a run is done only when its JSONL holds a result, so what
 was cut off runs again, what was finished does not, and runs that outlived a killed sweep are waited for and kept. A run
 that failed by itself stays failed, with its last lines, until --retry. Exit status: 0 all done, 1 some failed.
@@ -103,8 +103,8 @@ def read_spec(path: Path) -> Spec:
         settings[",".join(f"{k}={knob_text(v)}" for k, v in changed.items())] = {**settings[CONTROL], **changed}
     if any(k in knobs for knobs in settings.values() for k in ("SEED", "RUN_ID", "ARTIFACT_DIR", "MODE")):
         raise Refused(f"{path}: SEED, RUN_ID, ARTIFACT_DIR and MODE are the sweep's own")
-    if len(settings) < 2 or "/" in "".join(settings):
-        raise Refused(f"{path}: needs a setting or a grid beside base, and no / in names")
+    if "/" in "".join(settings):
+        raise Refused(f"{path}: no / in the names of settings, which are names of files")
     texts = {s: {k: knob_text(v) for k, v in knobs.items()} for s, knobs in settings.items()}
     return Spec(told.get("name", Path(path).stem), seeds, texts)
 
@@ -418,6 +418,8 @@ def finish(sweep: Sweep, mode: str | None) -> list[Row]:
         text += f"\n## {job.id} failed (exit status {told['status']})\n\n```\n" + "\n".join(told["last"]) + "\n```\n"
     (sweep.folder / "results.md").write_text(text, encoding="utf-8")
     (sweep.folder / "results.json").write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n")
+    if len(rows) == 1:  # seeds of one recipe: nothing to set against each other
+        return rows
     try:
         import report
         report.save(report.forest(rows, sweep.spec.name), sweep.folder / "sweep.png")

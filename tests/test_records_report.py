@@ -67,14 +67,23 @@ def test_runs_are_grouped_by_recipe_and_named_by_what_they_share(groups):
 
 def test_curves_over_steps_tokens_and_seconds(groups):
     fig = report.curves(groups)
-    first = [ax.lines[0].get_xydata().tolist() for ax in fig.axes]
+    first = [ax.lines[0].get_xydata().tolist() for ax in fig.axes[:3]]
     losses = [pytest.approx(6 - 0.1 * s + 0.01) for s in range(1, 21)]
     assert [[x for x, _ in line] for line in first] == [list(range(1, 21)), [pytest.approx(s / 1000) for s in range(1, 21)],
                                                         [0.5 * s for s in range(1, 21)]]
     assert all([y for _, y in line] == losses for line in first)
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["control", "gate"]
-    # after a tenth of the run the loss is 5.82: the first fall does not squeeze the rest
-    assert 5.8 < fig.axes[0].get_ylim()[1] < 6.0
+    # after a fifth of the run the loss is 5.62: the first fall does not squeeze the rest
+    assert 5.6 < fig.axes[0].get_ylim()[1] < 5.8
+
+
+def test_curves_of_two_recipes_end_with_their_difference(groups):
+    ax = report.curves(groups).axes[3]
+    assert ax.lines[0].get_ydata().tolist() == [pytest.approx(-0.02)] * 20 and ax.get_title(loc="left").startswith("minus control")
+
+
+def test_one_recipe_has_no_difference(groups):
+    assert len(report.curves({"control": groups["control"]}).axes) == 3
 
 
 def test_waterfall_shows_each_difference(groups):

@@ -113,7 +113,7 @@ def test_grid_is_all_combinations_and_its_first_is_the_control(tmp_path):
 
 @pytest.mark.parametrize("text, words", [
     ("seeds=[1, 1]\n[grid]\nA=[1, 2]", "different whole numbers"), ("seed=[1]\n[grid]\nA=[1, 2]", "seed means nothing here"),
-    ("seeds=[1]\n[base]\nA=1", "needs a setting or a grid"), ("seeds=[1]\n[grid]\nSEED=[1, 2]", "the sweep's own"), ("seeds=[", "s.toml")])
+    ("seeds=[1]\n[settings.'a/b']\nA=1", "no / in the names"), ("seeds=[1]\n[grid]\nSEED=[1, 2]", "the sweep's own"), ("seeds=[", "s.toml")])
 def test_wrong_specs_are_refused(tmp_path, text, words):
     with pytest.raises(sweep.Refused, match=words):
         spec_of(tmp_path, text)
@@ -164,6 +164,14 @@ def test_documents_give_a_second_interval(place):
     found = results(place)["better"]["documents"]
     assert found["n"] == 200 and found["low"] <= found["mean"] <= found["high"] and found["mean"] == pytest.approx(-0.005 / math.log(2))
     assert results(place)["control"]["documents"] is None
+
+
+def test_seeds_of_one_recipe(place):
+    """What a record needs: no other setting, so a table of one row and no picture."""
+    (place / "spec.toml").write_text('name = "record"\nseeds = [1, 2, 3]\n[base]\nPACE = 0.01\n')
+    done = run(place, "--slots", "3")
+    assert done.returncode == 0 and results(place, "record")["control"]["n"] == 3, done.stdout + done.stderr
+    assert not (place / "out/record/sweep.png").exists()
 
 
 def test_starting_again_runs_nothing(place):
