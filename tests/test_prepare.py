@@ -161,6 +161,19 @@ def test_tokens_give_the_normalised_text_back_and_their_bytes_add_up(kind, text)
     assert int(coder.table.sizes(tokens).sum()) == len(norm.encode())
 
 
+@pytest.mark.parametrize("text", ["H\u0331ello", "T\u0308", "W\u030a", "Y\u030a", "J\u030c", "NATO T\u0308 A\u0331B"])
+@pytest.mark.parametrize("kind", ["caseops", "pairs"])
+def test_capitals_that_are_composed_only_when_small_stay_capitals(kind, text):
+    """A small t with two dots is one character, its capital is two: as small letters these would not come back."""
+    assert CODERS[kind].decode(CODERS[kind].encode(text)) == text
+
+
+def test_what_a_second_normalisation_changes_is_tokenized_as_a_whole():
+    """SentencePiece normalises once; U+0344 is the one character that comes out of that unfinished."""
+    coder = CODERS["none"]
+    assert coder.encode("word a\u0344b word").tolist() == [1, *coder.sp.encode("word a\u0344b word")]
+
+
 def test_casefold_keeps_everything_but_capitals():
     coder = CODERS["casefold"]
     assert coder.decode(coder.encode("The NATO ΟΔΟΣ")) == "the nato οδος"
@@ -191,6 +204,14 @@ def test_the_sidecar_is_the_contests_table_on_untransformed_text(texts):
     tokens = np.concatenate([CODERS["none"].encode(text) for text in texts])
     if len(tokens) > 1:
         assert reference_tokenizer().count_bytes(tokens).tolist() == CODERS["none"].table.sizes(tokens)[1:].tolist()
+
+
+@given(st.lists(st.integers(0, 399), min_size=2))
+def test_the_table_is_the_contests_on_any_tokens(ids):
+    """Shards of others may hold what our coder never writes, such as a space behind BOS."""
+    tokens = np.array(ids, np.uint16)
+    assert reference_tokenizer().count_bytes(tokens).tolist() == CODERS["none"].table.sizes(tokens)[1:].tolist()
+    assert CODERS["none"].table.total(tokens) == CODERS["none"].table.sizes(tokens).sum()
 
 
 def reference_tokenizer(cache: dict = {}):
@@ -243,11 +264,11 @@ def train_kind(**more) -> bytes:
 
 
 @pytest.mark.parametrize("more", [dict(split_by_whitespace=False, vocab_size=600), dict(model_type="unigram"),
-                                  dict(split_by_unicode_script=False)])
+                                  dict(split_by_unicode_script=False, vocab_size=600)])
 def test_other_kinds_of_tokenizers_are_exact_too(more):
     """Pieces across spaces, unigram models, pieces of letters and signs: no short cut where none is sound."""
     coder = vocabulary.Coder(train_kind(**more))
-    assert coder.by_words == ("split_by_unicode_script" in more)
+    assert coder.by_words == ("split_by_unicode_script" in more) and not (coder.by_words and coder.by_runs)
     for text in TEXTS:
         assert coder.encode(text).tolist() == [1, *coder.sp.encode(text)]
 
@@ -439,6 +460,26 @@ def test_interrupted_anywhere_and_started_again_gives_the_same_bytes(tmp_path, u
         except KeyboardInterrupt:
             assert not (tmp_path / "parts/datasets/toy").exists(), "nothing is visible before all of it is there"
     assert tries > 3 and contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_where_units_end_does_not_matter_when_it_goes_on(toy, tmp_path, monkeypatch):
+    """Another version of Python may unpack a file in other portions."""
+    monkeypatch.setattr(prepare, "STATE_SECONDS", 0.0)
+    add = prepare.Build.add
+
+    def stop(self, unit, coded):
+        if unit.first > 200:
+            raise KeyboardInterrupt
+        add(self, unit, coded)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare.Build, "add", stop)
+        patch.setattr(sources, "UNIT_BYTES", 2000)
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path, toy[0] / "docs.jsonl")
+    monkeypatch.setattr(sources, "UNIT_BYTES", 3001)
+    build(tmp_path, toy[0] / "docs.jsonl")
+    assert contents(tmp_path) == contents(toy[0] / "data")
 
 
 RUN = """
