@@ -12,7 +12,8 @@ Claim: none on FineWeb yet. What was measured, on what and how often, stands in 
 
 Every knob is an environment variable, declared once in room 2; a mistyped one stops the run. A room uses only rooms above:
      1 imports    2 config     3 runtime   4 bytes     5 data          6 kernels     7 layers    8 model     9 parameters
-    10 optimisers 11 averaging 12 quantise 13 artifact 14 evaluation  15 training   16 sampling 17 main
+    10 optimisers 11 averaging 12 quantise 13 artifact 14 experts     15 scoring    16 adaptation 17 training
+    18 sampling   19 main
 
 Shapes are written as suffixes: T packed tokens, D model width, H query heads, K kv heads, E head width, V vocabulary,
 S segments (a segment is a document, or a piece of one: attention, rotary positions and smearing never leave it).
@@ -32,8 +33,10 @@ SOURCE = Path(__file__).read_text(encoding="utf-8")
 import ast
 import base64
 import contextlib
+import copy
 import dataclasses
 import difflib
+import functools
 import hashlib
 import heapq
 import importlib.util
@@ -86,6 +89,7 @@ HAVE = {
     "cuda": torch.cuda.is_available(),
     "fa4": installed("flash_attn.cute"),  # CuTe kernels compiled at run time
     "fa3": installed("flash_attn_interface"),  # prebuilt Hopper wheel
+    "triton": torch.cuda.is_available() and installed("triton"),  # our own kernels; on a CPU their eager twins run
     "varlen": windowed_varlen(),  # part of torch, FlashAttention-2 inside
     "brotli": installed("brotli"),
     "zstd": installed("zstandard"),
@@ -223,16 +227,18 @@ class PackKnobs:
     compressor: str = knob("auto", "entropy coder; auto takes the smallest result section by section",
                            ("auto", "brotli", "zstd", "lzma", "zlib"))
     artifact_max_bytes: int = knob(16_000_000, "cap on packed code + model; over it, steps are coarsened until it fits", low=1)
-    eval_seq_len: int = knob(2048, "tokens in a scored window", low=2)
+    eval_seq_len: int = knob(3072, "tokens in a scored window", low=2)
     eval_stride: int = knob(64, "sliding windows advance by this many tokens", low=1)
     val_batch_tokens: int = knob(131072, "tokens in one forward pass of a rank when scoring", low=1)
     val_docs: int = knob(0, "score only the first documents (the log says so); 0: all", low=0)
     sliding_window_enabled: bool = knob(True, "also score with sliding windows")
     ttt_enabled: bool = knob(True, "also score with test-time training: a chunk is scored, then trained on")
-    ttt_method: str = knob("chunk", "adapt all documents together chunk by chunk, or each by low-rank adapters of its own",
-                           ("chunk", "lora"))
-    ttt_slots: int = knob(512, "lora: documents side by side over all ranks; scores depend on it, not on the ranks", low=1)
-    ttt_chunk_size: str = knob("256:16,2000:32,48", "lora: tokens scored before each step, as longest-document:tokens, ..., rest")
+    doc_losses: bool = knob(False, "write every pass's nats, tokens and bytes a document to RUN_ID.<pass>.docs.npz")
+    ttt_method: str = knob("lora", "adapt all documents together chunk by chunk, each by low-rank adapters of its own, or only "
+                           "the counts of n-gram experts", ("none", "chunk", "lora"))
+    ttt_slots: int = knob(0, "lora: documents side by side over all ranks (scores depend on it, not on the ranks); 0: one for "
+                          "every 40 documents, 8 to 512", low=0)
+    ttt_chunk_size: str = knob("256:8,2000:16,24", "lora: tokens scored before each step, as longest-document:tokens, ..., rest")
     ttt_lora_sites: str = knob("qvomh", "lora: where adapters act: q, k, v, o, m (MLP), h (head)")
     ttt_lora_rank: int = knob(80, "lora: rank", low=1)
     ttt_lora_alpha: float = knob(144.0, "lora: output scale times rank", low=0)
@@ -254,6 +260,21 @@ class PackKnobs:
     ttt_batch_tokens: int = knob(16384, "tokens in one test-time step over all ranks", low=1)
     ttt_grad_clip: float = knob(1.0, "clip of the test-time gradient norm; 0: none", low=0)
     ttt_params: str = knob("all", "what test-time training moves", ("all", "control", "last"))
+    ttt_polyak: float = knob(0.0, "chunk: scores read an average of the weights with this decay a step; 0: none", low=0, high=1)
+    ttt_byte_weighted: bool = knob(False, "chunk: tokens weigh as many as their bytes")
+    phased_ttt_num_phases: int = knob(1, "lora: times that the network itself learns from the documents scored so far", low=0)
+    phased_ttt_prefix_docs: int = knob(0, "lora: of the longest documents, how many are scored by the last of these; 0: 1 in 20",
+                                       low=0)
+    global_ttt_lr: float = knob(1e-3, "lora: SGD step of the network itself; falls with a cosine", low=0)
+    global_ttt_momentum: float = knob(0.9, "lora: its momentum", low=0, high=1)
+    global_ttt_epochs: int = knob(1, "lora: passes over each chunk of scored documents", low=1)
+    global_ttt_chunk_tokens: int = knob(32768, "lora: tokens in one such step", low=1)
+    ngram_tilt_boost: float = knob(2.625, "added to the logit of the token that counting expects, renormalised; 0: no tilt", low=0)
+    ngram_tilt_order: int = knob(16, "tokens of context that must agree (PR #2130: 8 is far worse)", low=1)
+    ngram_tilt_threshold: float = knob(0.8, "share of the context's earlier occurrences that the token must have", low=0, high=1)
+    mixer: str = knob("", "n-gram experts hedged with the network in the adaptive pass: letters of u b t p (unigram, bigram, "
+                      "hashed trigram, PPM-C)")
+    mixer_eta: float = knob(0.1, "how fast their weights follow the losses of earlier moments", low=0)
     ttt_unfreeze_blocks: int = knob(2, "blocks that TTT_PARAMS=last moves, with all gains and gates", low=0)
 
 
@@ -295,7 +316,7 @@ RENAMED = {
 # them, and not one slip of the keyboard away from a knob, belongs to the shell and is left alone.
 FAMILIES = frozenset(
     "TTT GPTQ MUON EMA SWA QAT LQER XSA SMEAR BIGRAM TRIGRAM ROPE LOOPS LOOPING UNET WARMDOWN SOFTCAP GATED GATES "
-    "MTP DTG CASEOPS SIGMAS MIXER CROWN POLYAK SLIDING WALLCLOCK ITERATIONS QK VE POINTER OGD PHASED".split())
+    "MTP DTG CASEOPS SIGMAS MIXER CROWN POLYAK SLIDING WALLCLOCK ITERATIONS QK VE POINTER OGD PHASED NGRAM TILT".split())
 
 
 class ConfigError(SystemExit):
@@ -458,10 +479,9 @@ def validate(cfg: Config, world: int) -> None:
          f"no layer runs side by side; PARALLEL_RESIDUAL=none says that, or take one below {d.num_layers}"),
         (d.eval_stride <= d.eval_seq_len, "EVAL_STRIDE", f"at most EVAL_SEQ_LEN={d.eval_seq_len}, else tokens are skipped"),
         (d.eval_seq_len <= d.val_batch_tokens, "VAL_BATCH_TOKENS", f"must hold one window of EVAL_SEQ_LEN={d.eval_seq_len}"),
-        (d.ttt_slots % world == 0, "TTT_SLOTS", f"does not divide over {world} ranks"),
         (set(d.ttt_lora_sites) <= set("qkvomh"), "TTT_LORA_SITES", "letters of q k v o m h"),
         (bool(d.ttt_chunks), "TTT_CHUNK_SIZE", "must not be empty"),
-        (d.ttt_batch_tokens % world == 0, "TTT_BATCH_TOKENS", f"does not divide over {world} ranks"),
+        (set(d.mixer) <= set("ubtp") and len(set(d.mixer)) == len(d.mixer), "MIXER", "letters of u b t p, each once"),
         (d.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE", "at least 2: one row is for tokens without a predecessor"),
         (d.gate_window <= d.model_dim, "GATE_WINDOW", f"at most MODEL_DIM={d.model_dim}"),
         (not d.deterministic or d.iterations < 20000 or d.mode != "train", "ITERATIONS",
@@ -1088,19 +1108,190 @@ def attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> 
     return torch.ops.golf.fa4(q, k, v, cu, longest)[0]
 
 
-def attention_cached(q: Tensor, k: Tensor, v: Tensor, past: tuple) -> Tensor:
-    """S documents' next C tokens, attending to their cached past and to themselves. q [S C, H, E], k and v [S C, K, E]
+def ring_view(begin: Tensor, rows: int, window: int) -> Tensor:
+    """Who sees whom when S documents go on at positions begin [S] by C rows: [S, C, W + C] bool, W ring cells first.
 
-    Dense with a mask: chunks are short and pasts are long, so the scores are a thin strip. -> [S C, H, E]
+    Cell c of the ring holds the last position before `begin` that is c modulo W. Rows at positions below zero (a window
+    that reaches over the document's start) are seen by nobody but themselves.
     """
-    S, K = past.k.shape[0], k.shape[1]
-    k_, v_ = (torch.cat((old, new.unflatten(0, (S, -1))), 1).transpose(1, 2) for old, new in ((past.k, k), (past.v, v)))
+    row, cell = (torch.arange(n, device=begin.device) for n in (rows, window))
+    start = begin[:, None]
+    there = start - 1 - (start - 1 - cell).remainder(max(window, 1))  # [S, W] the position in each cell
+    old = ((there >= 0) & (there < start))[:, None] & (there[:, None] > (start + row)[..., None] - window)
+    itself = row[:, None] == row
+    own = (row[:, None] >= row) & ((start + row >= 0)[:, None] | itself)
+    return torch.cat((old, own), 2)
+
+
+def attention_cached_eager(q: Tensor, k: Tensor, v: Tensor, past: tuple) -> Tensor:
+    """The definition: dense attention with a mask over the ring and the new rows."""
+    S, K = len(past.begin), k.shape[1]
+    k_, v_ = (torch.cat((old[:, :past.window], new.unflatten(0, (S, -1))), 1).transpose(1, 2)
+              for old, new in ((past.k, k), (past.v, v)))
     q_ = q.unflatten(0, (S, -1)).unflatten(2, (K, -1))  # [S, C, K, G, E]; a group's heads become more rows of one head
-    # repeating keys and values for every head of a group would multiply the largest tensors of this pass
     rows = q_.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [S, K, G C, E]
-    mask = past.seen.repeat(1, q_.shape[3], 1)[:, None]
-    y = F.scaled_dot_product_attention(rows, k_, v_, attn_mask=mask)
+    seen = ring_view(past.begin, q_.shape[1], past.window).repeat(1, q_.shape[3], 1)[:, None]
+    y = F.scaled_dot_product_attention(rows, k_, v_, attn_mask=seen)
     return y.unflatten(2, (q_.shape[3], -1)).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)
+
+
+if HAVE["triton"]:
+    import triton
+    import triton.language as tl
+
+    # Both kernels: one program a (slot, kv head); its rows are the C new tokens of all G query heads of the group. The
+    # past is read once, block by block, and takes no gradient, so the backward pass needs no atomics either.
+    @triton.jit
+    def cached_rows(s, kv, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, R: tl.constexpr):
+        r = tl.arange(0, R)
+        c = r % C
+        at = ((s * C + c) * H + kv * G + r // C)[:, None] * E + tl.arange(0, E)[None, :]
+        return c, at, (r < G * C)[:, None]
+
+    @triton.jit
+    def ring_scores(q, k, cell, c, begin, W: tl.constexpr, scale):
+        place = begin - 1 - (begin - 1 - cell) % W  # position in each cell; cells at or beyond `begin` are masked here
+        z = tl.dot(q, tl.trans(k)) * scale
+        return tl.where((cell < begin)[None, :] & (place[None, :] > (begin + c)[:, None] - W), z, float("-inf"))
+
+    @triton.jit
+    def own_scores(q, k, j, c, C: tl.constexpr, scale):
+        return tl.where((j[None, :] <= c[:, None]) & (j < C)[None, :], tl.dot(q, tl.trans(k)) * scale, float("-inf"))
+
+    @triton.jit
+    def fold(z, v, m, l, acc):
+        top = tl.maximum(m, tl.max(z, 1))
+        safe = tl.where(top == float("-inf"), 0.0, top)  # a row that has seen nothing yet
+        p, old = tl.exp2(z - safe[:, None]), tl.exp2(m - safe)
+        return top, l * old + tl.sum(p, 1), acc * old[:, None] + tl.dot(p.to(v.dtype), v)
+
+    @triton.jit
+    def cached_forward(Q, K, V, OK, OV, BEGIN, OUT, LSE, scale, cells, W: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
+                       G: tl.constexpr, E: tl.constexpr, R: tl.constexpr, J: tl.constexpr, N: tl.constexpr):
+        """OUT [S C, H, E] and base-2 log-sum-exp LSE [S, K, R]; names in capitals are pointers or sizes."""
+        s, kv, KH = tl.program_id(0), tl.program_id(1), H // G
+        c, at, live = cached_rows(s, kv, C, H, G, E, R)
+        begin, e = tl.load(BEGIN + s).to(tl.int32), tl.arange(0, E)[None, :]
+        q = tl.load(Q + at, mask=live, other=0.0)
+        m, l, acc = tl.full([R], float("-inf"), tl.float32), tl.zeros([R], tl.float32), tl.zeros([R, E], tl.float32)
+        filled = tl.minimum(begin, W)
+        for first in range(0, filled, N):
+            cell = first + tl.arange(0, N)
+            where = ((s * cells + cell) * KH + kv)[:, None] * E + e
+            k = tl.load(OK + where, mask=(cell < filled)[:, None], other=0.0)
+            v = tl.load(OV + where, mask=(cell < filled)[:, None], other=0.0)
+            z = tl.where((cell < filled)[None, :], ring_scores(q, k, cell, c, begin, W, scale), float("-inf"))
+            m, l, acc = fold(z, v, m, l, acc)
+        j = tl.arange(0, J)
+        where = ((s * C + j) * KH + kv)[:, None] * E + e
+        k, v = tl.load(K + where, mask=(j < C)[:, None], other=0.0), tl.load(V + where, mask=(j < C)[:, None], other=0.0)
+        m, l, acc = fold(own_scores(q, k, j, c, C, scale), v, m, l, acc)
+        tl.store(OUT + at, (acc / l[:, None]).to(OUT.dtype.element_ty), mask=live)
+        tl.store(LSE + (s * KH + kv) * R + tl.arange(0, R), m + tl.log2(l))
+
+    @triton.jit
+    def cached_backward(Q, K, V, OK, OV, BEGIN, OUT, LSE, GRAD, DQ, DK, DV, scale, cells, W: tl.constexpr, C: tl.constexpr,
+                        H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, R: tl.constexpr, J: tl.constexpr, N: tl.constexpr):
+        """DQ over past and new keys; DK and DV of the new ones, summed over the group's query heads."""
+        s, kv, KH = tl.program_id(0), tl.program_id(1), H // G
+        c, at, live = cached_rows(s, kv, C, H, G, E, R)
+        begin, e = tl.load(BEGIN + s).to(tl.int32), tl.arange(0, E)[None, :]
+        q, g = tl.load(Q + at, mask=live, other=0.0), tl.load(GRAD + at, mask=live, other=0.0)
+        out, lse = tl.load(OUT + at, mask=live, other=0.0), tl.load(LSE + (s * KH + kv) * R + tl.arange(0, R))
+        mean = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)  # sum_j p_j dp_j
+        dq, filled = tl.zeros([R, E], tl.float32), tl.minimum(begin, W)
+        for first in range(0, filled, N):
+            cell = first + tl.arange(0, N)
+            where = ((s * cells + cell) * KH + kv)[:, None] * E + e
+            k = tl.load(OK + where, mask=(cell < filled)[:, None], other=0.0)
+            v = tl.load(OV + where, mask=(cell < filled)[:, None], other=0.0)
+            z = tl.where((cell < filled)[None, :], ring_scores(q, k, cell, c, begin, W, scale), float("-inf"))
+            p = tl.exp2(z - lse[:, None])
+            dq += tl.dot((p * (tl.dot(g, tl.trans(v)) - mean[:, None])).to(k.dtype), k)
+        j = tl.arange(0, J)
+        where = ((s * C + j) * KH + kv)[:, None] * E + e
+        k, v = tl.load(K + where, mask=(j < C)[:, None], other=0.0), tl.load(V + where, mask=(j < C)[:, None], other=0.0)
+        p = tl.where(live, tl.exp2(own_scores(q, k, j, c, C, scale) - lse[:, None]), 0.0)
+        ds = (p * (tl.dot(g, tl.trans(v)) - mean[:, None])).to(k.dtype)
+        dq += tl.dot(ds, k)
+        natural = scale * 0.6931471805599453  # `scale` carries log2(e) for exp2; gradients want it without
+        tl.store(DQ + at, (dq * natural).to(DQ.dtype.element_ty), mask=live)
+        tl.store(DK + where, (tl.dot(tl.trans(ds), q) * natural).to(DK.dtype.element_ty), mask=(j < C)[:, None])
+        tl.store(DV + where, tl.dot(tl.trans(p.to(g.dtype)), g).to(DV.dtype.element_ty), mask=(j < C)[:, None])
+
+
+class CachedAttention(torch.autograd.Function):
+    """The fused form: scores never leave the chip, only the filled part of the ring is read. bf16 or fp16, E a power of 2."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, old_k, old_v, begin, window):
+        """Shapes as attention_cached's; E a power of two from 16 on."""
+        S, H, E = len(begin), q.shape[1], q.shape[2]
+        C, K = q.shape[0] // S, k.shape[1]
+        shape = dict(W=window, C=C, H=H, G=H // K, E=E, R=max(16, triton.next_power_of_2(H // K * C)),
+                     J=max(16, triton.next_power_of_2(C)), N=64)
+        out, lse = torch.empty_like(q), q.new_empty(S, K, shape["R"], dtype=torch.float32)
+        scale = math.log2(math.e) / math.sqrt(E)
+        cached_forward[S, K](q, k, v, old_k, old_v, begin, out, lse, scale, old_k.shape[1], **shape, num_warps=4)
+        ctx.save_for_backward(q, k, v, old_k, old_v, begin, out, lse)
+        ctx.shape, ctx.scale = shape, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Gradients of q and of the new k and v; the ring takes none."""
+        q, k, v, old_k, old_v, begin, out, lse = ctx.saved_tensors
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        cached_backward[len(begin), k.shape[1]](q, k, v, old_k, old_v, begin, out, lse, grad.contiguous(), dq, dk, dv,
+                                                ctx.scale, old_k.shape[1], **ctx.shape, num_warps=8)
+        return dq, dk, dv, None, None, None, None
+
+
+def attention_cached(q: Tensor, k: Tensor, v: Tensor, past: tuple) -> Tensor:
+    """S documents' next C tokens, attending to their cached past (a ring of W cells) and to themselves, causally.
+
+    q [S C, H, E], k and v [S C, K, E], past = (k and v [S, cells, K, E], begin [S], W) -> [S C, H, E]
+    """
+    if q.is_cuda and HAVE["triton"] and past.window:
+        return CachedAttention.apply(*(x.contiguous() for x in (q, k, v)), past.k, past.v, past.begin, past.window)
+    return attention_cached_eager(q, k, v, past)
+
+
+class Replay:
+    """A function without arguments, run as it is the first time, then recorded as a CUDA graph and replayed.
+
+    Small steps are bound by the launching of thousands of kernels; a replay launches once. Inputs and outputs must live
+    in the same tensors each time. Off the GPU it is a plain call.
+    """
+
+    def __init__(self, work: Callable, gpu: bool, pool):
+        self.work, self.gpu, self.pool, self.calls, self.graph, self.result = work, gpu, pool, 0, None, None
+
+    def __call__(self):
+        self.calls += 1
+        if not self.gpu or self.calls == 1:  # the first call is also what chooses kernels and allocates their workspaces
+            self.result = self.work()
+            return self.result
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, pool=self.pool):
+                self.result = self.work()
+        self.graph.replay()
+        return self.result
+
+
+def renew_rows(theta: Tensor, grad: Tensor, first: Tensor | None, second: Tensor, steps: Tensor, learns: Tensor, lr: float,
+               beta1: float, beta2: float, decay: float, trust: float) -> None:
+    """AdamW in place with a step count a row; `trust` bounds the root mean square of a row's normalised step."""
+    grad = grad.float()
+    second.lerp_(grad.square(), 1 - beta2)
+    if first is not None:
+        grad = first.lerp_(grad, 1 - beta1) / (1 - beta1 ** steps.clamp_min(1))
+    # bias correction by the row's own step count: every document starts its optimiser anew
+    move = grad / ((second / (1 - beta2 ** steps.clamp_min(1))).sqrt() + 1e-10)
+    if trust:
+        move = move * (trust / move.square().mean(1, keepdim=True).sqrt().clamp_min(trust))
+    theta.sub_((move + decay * theta) * (lr * learns))
 
 
 ATTENTION = {"fa4": attention_fa4, "fa3": attention_fa3, "varlen": attention_varlen, "sdpa": attention_sdpa,
@@ -1146,7 +1337,9 @@ def choose_attention(cfg: Config, run: Run) -> Callable:
 
 
 def softcapped_nll(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """-log softmax(cap tanh(logits / cap))[target] in fp32. [T, V], [T] -> [T] nats"""
+    """-log softmax(cap tanh(logits / cap))[target] in fp32. [T, V], [T] -> [T] nats, or [T, n] -> [T, n]."""
+    if targets.dim() == 2:
+        return torch.stack([softcapped_nll(logits, column, cap) for column in targets.unbind(1)], 1)
     z = soft_cap(logits.float(), cap)  # fp32 from here: 8,192 exponentials are summed
     # a mask instead of a gather: its gradient is elementwise, so it fuses, and needs no atomics to be reproducible
     own = torch.arange(z.shape[-1], device=z.device) == targets[:, None]
@@ -1191,10 +1384,11 @@ def norm(x: Tensor) -> Tensor:
 
 
 class Past(NamedTuple):
-    """What one visit remembers of S documents: keys and values [S, W, K, E]; seen [S, C, W + C]: who may look at whom."""
+    """What one visit remembers of S documents: keys and values [S, cells, K, E], where they go on [S], cells in the ring."""
     k: Tensor
     v: Tensor
-    seen: Tensor
+    begin: Tensor
+    window: int
 
 
 class VisitAdapters(NamedTuple):
@@ -1565,14 +1759,14 @@ class GPT(nn.Module):
         self.head = Head(cfg)
         self.looping = False  # training turns it on, evaluation always has it on
         self.run: Callable = call  # compile_model may replace it
-        self.run_slots: Callable = call  # the same for rows of document slots, whose number changes
+        self.renew: Callable = renew_rows  # the optimiser step of adapters, likewise
 
     def hidden(self, ids: Tensor, pos: Tensor, cu: Tensor, longest: int, memory: Memory | None = None) -> Tensor:
         """The one forward: ids [T], pos [T], cu [S+1] -> normalised hidden states [T, D].
 
         With a memory, rows are slots' next tokens: their adapters act, and attention also sees their cached past.
         """
-        run = self.run if memory is None else self.run_slots
+        run = self.run if memory is None else call  # rows of slots come in many shapes, and are replayed instead
         x0 = x = run(self.input, ids, pos)  # kept: every block mixes it in again
         if memory is not None:
             x0, pos = memory.drop_lead(x0), memory.drop_lead(pos)
@@ -1609,6 +1803,7 @@ def compile_model(model: GPT, cfg: Config, run: Run) -> None:
     torch._dynamo.config.recompile_limit = 64  # training, scoring and adaptation each have their own few variants
     if how == "block":
         model.run = torch.compile(call, dynamic=False, fullgraph=True)  # parameters are inputs: layers share the graph
+        model.renew = torch.compile(renew_rows, dynamic=True)
     run.log(f"compile:{how}")
 
 
@@ -2250,7 +2445,199 @@ def coarsen_to(quantizer: Quantizer, limit: float, coarser: float) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 14. EVALUATION - one scorer; full windows, sliding windows and test-time training are schedules over it. The ledger
+# 14. N-GRAM EXPERTS - what counting can add to the network. Counts know only what was scored at earlier moments of the one
+#     order; every expert is a distribution over the vocabulary, fixed before its target is seen. Pure functions.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def order_by_moment(group: Tensor, moment: Tensor) -> tuple[Tensor, int]:
+    """(one sortable number a row, its stride): groups apart, and within a group by moment. group and moment [N] >= 0"""
+    stride = int(moment.max()) + 2
+    return group * stride + moment, stride
+
+
+def dense(key: Tensor) -> Tensor:
+    """The same classes numbered from 0: [N] -> [N]."""
+    return key.unique(return_inverse=True)[1]
+
+
+def count_earlier(group: Tensor, moment: Tensor, ahead: int = 0) -> Tensor:
+    """For each row, the rows of its group with a moment before its own (before its own + ahead): [N], [N] -> [N]."""
+    code, stride = order_by_moment(group, moment)
+    line = code.sort().values
+    return torch.searchsorted(line, code + ahead) - torch.searchsorted(line, group * stride)
+
+
+def count_kinds(group: Tensor, pair: Tensor, moment: Tensor) -> Tensor:
+    """For each row, how many different pairs of its group came up at an earlier moment (pair refines group): [N]."""
+    first = torch.full((int(pair.max()) + 1,), int(moment.max()) + 1, device=pair.device)
+    first = first.scatter_reduce(0, pair, moment, "amin")  # a pair counts from its first moment on
+    owner = torch.zeros_like(first).scatter_(0, pair, group)
+    _, stride = order_by_moment(group, moment)
+    line = (owner * stride + first).sort().values
+    return torch.searchsorted(line, group * stride + moment) - torch.searchsorted(line, group * stride)
+
+
+def contexts(tokens: Tensor, order: int) -> Tensor:
+    """A key for the last `order` tokens up to and including each input: [N + 1] -> [N]; documents begin anew.
+
+    Exact up to order 2, a polynomial hash modulo 2^64 above. The next token is never in it.
+    """
+    ids, key = tokens[:-1], torch.zeros_like(tokens[:-1])
+    place = places(tokens)
+    for back in range(order):
+        # before its document's start every context reads the same mark
+        key = key * 0x9E3779B1 + torch.where(place >= back, ids.roll(back), -1) + 2
+    return key
+
+
+def places(tokens: Tensor) -> Tensor:
+    """Position of each input in its document: [N + 1] -> [N]."""
+    at = torch.arange(len(tokens) - 1, device=tokens.device)
+    return at - torch.where(tokens[:-1] == BOS, at, 0).cummax(0).values
+
+
+class Counts(NamedTuple):
+    """Evidence of one context: how often the token came, how often any did, how many different ones did."""
+    token: Tensor
+    any: Tensor
+    kinds: Tensor
+
+
+def smoothed(counts: Counts, vocab: int, add: float) -> Tensor:
+    """(c + add) / (n + add V): every token as if seen `add` times before."""
+    return (counts.token + add) / (counts.any + add * vocab)
+
+
+def escaping(counts: Counts, lower: Tensor) -> Tensor:
+    """PPM-C: c / (n + kinds), and the mass kinds / (n + kinds) goes to the lower order; unseen contexts pass all of it on."""
+    n = counts.any + counts.kinds
+    return torch.where(n > 0, (counts.token + counts.kinds * lower) / n.clamp_min(1), lower)
+
+
+# letter of MIXER -> (orders of context it counts, probability from their counts, lowest order first)
+EXPERTS = {
+    "u": ((0,), lambda c, V: smoothed(c[0], V, 0.1)),
+    "b": ((1,), lambda c, V: smoothed(c[0], V, 0.1)),
+    "t": ((-2,), lambda c, V: smoothed(c[0], V, 0.01)),  # hashed into 65,536 buckets, as PR #430's
+    "p": ((0, 1, 2), lambda c, V: escaping(c[2], escaping(c[1], escaping(c[0], torch.full_like(c[0].any, 1 / V))))),
+}
+
+
+def context_classes(tokens: Tensor, order: int) -> Tensor:
+    """Dense class of each input's context; -2: the last two tokens in buckets."""
+    if order >= 0:
+        return dense(contexts(tokens, order))
+    ids = tokens[:-1]
+    before = torch.where(places(tokens) > 0, ids.roll(1), 0)  # never another document's token, which may not be scored yet
+    return dense(((36313 * before) ^ (27191 * ids)) % 65536)
+
+
+def expert_nats(tokens: Tensor, moment: Tensor, letters: str, vocab: int) -> Tensor:
+    """-log p of every target under each expert, from counts of earlier moments: [N + 1], [N] -> [experts, N] fp64."""
+    evidence = {}
+    for order in sorted({o for x in letters for o in EXPERTS[x][0]}):
+        group = context_classes(tokens, order)
+        pair = dense(group * vocab + tokens[1:])
+        evidence[order] = Counts(*(n.double() for n in (count_earlier(pair, moment), count_earlier(group, moment),
+                                                       count_kinds(group, pair, moment))))
+    return torch.stack([-EXPERTS[x][1]([evidence[o] for o in EXPERTS[x][0]], vocab).log() for x in letters])
+
+
+def expert_distribution(tokens: Tensor, moment: Tensor, letter: str, vocab: int, at: int) -> Tensor:
+    """The whole distribution [V] at one position, by the definition: look at all earlier moments and count."""
+    found = []
+    for order in EXPERTS[letter][0]:
+        group = context_classes(tokens, order)
+        seen = torch.bincount(tokens[1:][(group == group[at]) & (moment < moment[at])], minlength=vocab).double()
+        found.append(Counts(seen, seen.sum().expand(vocab), (seen > 0).double().sum().expand(vocab)))
+    return EXPERTS[letter][1](found, vocab)
+
+
+def hedge(nats: Tensor, moment: Tensor, rate: float, head_start: float = 2.0) -> Tensor:
+    """Mix experts [K, N] into one distribution: nats [N]. Expert 0, the network, starts e^2 ahead of the others.
+
+    Weights are exponential in the losses of earlier moments: log w_k -= rate * mean nats at a moment, after it (PR #430).
+    """
+    K, moments = len(nats), int(moment.max()) + 1
+    size = torch.bincount(moment, minlength=moments).double()
+    mean = torch.stack([torch.zeros_like(size).index_add_(0, moment, row) for row in nats]) / size.clamp_min(1)
+    log_w = torch.zeros(K, 1, device=nats.device, dtype=nats.dtype)
+    log_w[0] = head_start
+    log_w = log_w - rate * (mean.cumsum(1) - mean)  # less its own moment: weights know only earlier ones
+    return -((log_w.log_softmax(0))[:, moment] - nats).logsumexp(0)
+
+
+class Hints(NamedTuple):
+    """For each position: the token that counting expects (-1: none), and the last moment that this rests on."""
+    token: Tensor
+    rests_on: Tensor
+
+
+def find_hints(tokens: Tensor, moment: Tensor, order: int, least: float) -> Hints:
+    """The token that most often followed the same `order` tokens at earlier moments, where its share is at least `least`.
+
+    tokens [N + 1]; moment [N], -1 where a position is not to be scored. Ties go to the token that got there first.
+    """
+    use = ((moment >= 0) & (places(tokens) >= order - 1)).nonzero().flatten()  # the whole context lies in the document
+    empty = Hints(torch.full_like(tokens[:-1], -1), torch.full_like(tokens[:-1], -1))
+    if not len(use):
+        return empty
+    group, next_, when = dense(contexts(tokens, order)[use]), tokens[1:][use], moment[use]
+    code, stride = order_by_moment(group, when)
+    line, by = code.sort(stable=True)
+    pair = dense(group * (int(next_.max()) + 1) + next_)
+    # how often its pair had come by then, its own moment included: the running best of a context is a running maximum
+    times = count_earlier(pair, when, 1)[by]
+    top = int(times.max()) + 1
+    best = (group[by] * top + times).cummax(0).values  # groups follow each other, so the offset restarts each
+    last = torch.searchsorted(line, code) - 1  # the last row before this moment ...
+    known = last >= torch.searchsorted(line, group * stride)  # ... if it is of the same context
+    last = last.clamp_min(0)
+    leader = next_[by][torch.searchsorted(best, best[last])]  # the first that reached the running best
+    share = (best[last] - group * top).double() / count_earlier(group, when).clamp_min(1)
+    sure = known & (share >= least)
+    empty.token[use], empty.rests_on[use] = torch.where(sure, leader, -1), torch.where(sure, when[by][last], -1)
+    return empty
+
+
+def hint_by_definition(tokens: Tensor, moment: Tensor, order: int, least: float, at: int) -> int:
+    """One position's hint, the slow way: every earlier-scored place with the same context, token by token."""
+    place = places(tokens)
+    if int(moment[at]) < 0 or int(place[at]) < order - 1:
+        return -1
+    same = (moment >= 0) & (moment < moment[at]) & (place >= order - 1)
+    for back in range(order):
+        same &= tokens[:-1].roll(back) == tokens[at - back]
+    found = same.nonzero().flatten()
+    if not len(found):
+        return -1
+    found = found[moment[found].sort(stable=True).indices]
+    counts = torch.bincount(tokens[1:][found])
+    if float(counts.max()) < least * len(found):
+        return -1
+    # ties: whichever reached the count at the earlier place of the order
+    reached = {int(t): int((tokens[1:][found] == t).nonzero()[-1]) for t in (counts == counts.max()).nonzero().flatten()}
+    return min(reached, key=reached.get)
+
+
+def tilt_logits(logits: Tensor, hint: Tensor, boost: float) -> Tensor:
+    """The same as an operation on whole rows [T, V]: what `tilt` must be the closed form of."""
+    wanted = torch.arange(logits.shape[-1], device=logits.device) == hint[:, None]
+    return logits + boost * wanted
+
+
+def tilt(nats: Tensor, hinted: Tensor, hint: Tensor, target: Tensor, boost: float) -> Tensor:
+    """Raise one token's logit by `boost` and renormalise in closed form (PR #1437; token-only as in #2135).
+
+    nats of target and of hint [N] -> nats of target under p'(y) = p(y) e^(boost [y = hint]) / (1 + p(hint) (e^boost - 1)).
+    """
+    tilted = nats - boost * (hint == target) + torch.log1p((-hinted).exp() * math.expm1(boost))
+    return torch.where(hint >= 0, tilted, nats)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 15. SCORING - one scorer; full windows, sliding windows and test-time training are schedules over it. The ledger
 #     makes the contest's conditions hold by construction: it knows what was scored, and refuses what may not follow.
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -2300,13 +2687,19 @@ class Ledger:
                 raise Violation(f"training on position {int(e) - 1} before it is scored (its span begins at {int(b)})")
             self.learned += int(e - b)
 
-    def check_mass(self, logits: Tensor, targets: Tensor, nll: Tensor) -> None:
+    def rely(self, moments: np.ndarray, planned: np.ndarray) -> None:
+        """Book that the next score reads counts up to these moments, in an order that was planned as `planned`."""
+        if moments.max(initial=-1) >= self.now or (planned != self.now).any():
+            raise Violation(f"counts of moment {int(moments.max(initial=-1))} would be read at moment {self.now}, "
+                            f"which was planned as {np.unique(planned)[:3]}")
+
+    def check_mass(self, logits: Tensor, targets: Tensor, nll: Tensor, most: float = 1e-2) -> None:
         """For sampled rows [n, V]: the probabilities sum to 1, and the score is this distribution's."""
         p = logits.double().softmax(-1)  # the whole vocabulary, in fp64
         wrong = (p.gather(-1, targets[:, None]).log().squeeze(-1) + nll.double()).abs()
         self.mass_error = max(float(torch.maximum((p.sum(-1) - 1).abs(), wrong).max()), self.mass_error)
         self.sampled += len(targets)
-        if not self.mass_error <= 1e-2:  # NaN is none
+        if not float(wrong.max()) <= most:  # NaN is none
             raise Violation(f"a score is {self.mass_error:.3g} nats away from the model's normalised distribution")
 
     def verdict(self) -> str:
@@ -2319,11 +2712,16 @@ class Ledger:
 
 
 class Score(NamedTuple):
-    """Result of one pass: nats a token, bits a byte, seconds, the ledger's line."""
+    """Result of one pass: nats a token, bits a byte, seconds, the ledger's line, nats of every target [N] fp64."""
     val_loss: float
     val_bpb: float
     seconds: float
     verdict: str
+    nats: np.ndarray
+
+    def facts(self) -> dict:
+        """What belongs into a log."""
+        return {k: v for k, v in self._asdict().items() if k != "nats"}
 
 
 def make_windows(sequences: np.ndarray, length: int, stride: int) -> np.ndarray:
@@ -2344,14 +2742,15 @@ class Scorer:
     """Drives a model over windows: packs them into flat rows, spreads rows over ranks, keeps every token's nats."""
 
     def __init__(self, model: GPT, val: ValidationSet, cfg: Config, run: Run):
-        self.model, self.val, self.run = model, val, run
+        self.model, self.val, self.cfg, self.run = model, val, cfg, run
         self.length, self.row_tokens = cfg.eval_seq_len, cfg.val_batch_tokens
         # static shapes where compiled code and kernels want them, exact ones elsewhere
         self.room = 256 * math.ceil(4 * self.row_tokens / self.length / 256) if run.gpu else 0
         self.most = self.room - math.ceil(self.row_tokens / self.length) if self.room else self.row_tokens
         self.ledger = Ledger(val.targets)
         self.nll = torch.zeros(val.targets, device=run.device)
-        self.start = run.clock.read()
+        self.start, self.told = run.clock.read(), run.clock.read()
+        self.hints: Hints | None = None
 
     def rows(self, windows: np.ndarray) -> Iterator[np.ndarray]:
         """Consecutive windows that fit into one flat row."""
@@ -2376,33 +2775,113 @@ class Scorer:
     @torch.no_grad()
     def score(self, windows: np.ndarray) -> None:
         """Score windows with the model as it is now. Rows do not depend on the number of ranks, so scores do not."""
+        self.rely_on_hints(windows[:, 2], windows[:, 1])
         self.ledger.score(windows)
         for i, part in enumerate(self.rows(windows)):
             if i % self.run.world != self.run.rank:  # rows are the unit of work between ranks
                 continue
             batch = self.batch(part)
-            nll = self.model.nll(*batch)
-            if i == 0:
-                self.sample_mass(batch, nll)
             sizes = part[:, 1] - part[:, 0]
             place = np.cumsum(sizes) - sizes - part[:, 0]  # from a position of the stream to its row in this batch
             scored = [np.arange(first, end) for _, end, first in part]
             rows = np.concatenate([at + shift for at, shift in zip(scored, place)])
             at, rows = (torch.from_numpy(x).to(self.run.device) for x in (np.concatenate(scored), rows))
+            hint = self.hint_rows(len(batch.ids), at, rows)
+            nll = self.tilted(self.model.nll(*self.with_hint(batch, hint)), hint, batch.targets)
+            if i == 0:
+                self.sample_mass(batch, nll, hint)
             self.nll[at] = nll[rows]
 
-    def sample_mass(self, batch: Batch, nll: Tensor, count: int = 64) -> None:
+    def sample_mass(self, batch: Batch, nll: Tensor, hint: Tensor | None, count: int = 64) -> None:
         """Show the ledger full distributions at the row's first positions, by the uncompiled head."""
         h = self.model.hidden(batch.ids, batch.pos, batch.cu, batch.longest)[:count]
         logits = self.model.head(h, None, self.model.input.tok_emb.weight)
+        if hint is not None:
+            logits = tilt_logits(logits, hint[:count], self.cfg.ngram_tilt_boost)
         self.ledger.check_mass(logits, batch.targets[:count], nll[:count])
 
-    def result(self) -> Score:
+    def plan_hints(self, moment: np.ndarray) -> None:
+        """Decide all hints for a pass whose every position is scored at a known moment [N] (-1: not at all)."""
+        if not self.cfg.ngram_tilt_boost:
+            return
+        when = torch.from_numpy(moment.astype(np.int64)).to(self.run.device)
+        self.hints = find_hints(self.tokens, when, self.cfg.ngram_tilt_order, self.cfg.ngram_tilt_threshold)
+        self.rests_on, self.planned = self.hints.rests_on.cpu().numpy(), moment
+        self.check_hints(when)
+        share = float((self.hints.token >= 0).double().mean())
+        self.run.log(f"ngram_tilt: {share:.2%} of {len(moment)} targets hinted, "
+                     f"{float((self.hints.token == self.tokens[1:]).double().mean()) / max(share, 1e-12):.1%} of these rightly")
+
+    def check_hints(self, when: Tensor, count: int = 16) -> None:
+        """Hints at positions spread over the pass, by their definition: compare whole contexts, look at earlier moments only."""
+        for at in torch.linspace(0, len(when) - 1, count).long().tolist():
+            expected = hint_by_definition(self.tokens, when, self.cfg.ngram_tilt_order, self.cfg.ngram_tilt_threshold, at)
+            if int(self.hints.token[at]) != expected:
+                raise Violation(f"the hint at position {at} is not what earlier moments say: {int(self.hints.token[at])}, "
+                                f"not {expected}")
+
+    def rely_on_hints(self, begin: np.ndarray, end: np.ndarray) -> None:
+        """Tell the ledger what the hints of these spans rest on."""
+        if self.hints is not None:
+            at = np.concatenate([np.arange(b, e) for b, e in zip(begin, end)])
+            self.ledger.rely(self.rests_on[at], self.planned[at])
+
+    def hint_rows(self, count: int, at: Tensor, rows: Tensor) -> Tensor | None:
+        """Hints of a flat row [T], -1 where a position is only context; None in a pass without hints."""
+        if self.hints is None:
+            return None
+        hint = torch.full((count,), -1, device=at.device)
+        hint[rows] = self.hints.token[at]
+        return hint
+
+    @staticmethod
+    def with_hint(batch: Batch, hint: Tensor | None) -> Batch:
+        """Ask for the nats of the hinted token too."""
+        return batch if hint is None else batch._replace(targets=torch.stack((batch.targets, hint.clamp_min(0)), 1))
+
+    def tilted(self, nats: Tensor, hint: Tensor | None, target: Tensor) -> Tensor:
+        """The nats that count: [T] as they are, or [T, 2] (target, hint) tilted."""
+        return nats if hint is None else tilt(nats[:, 0], nats[:, 1], hint, target, self.cfg.ngram_tilt_boost)
+
+    @functools.cached_property
+    def tokens(self) -> Tensor:
+        """All validation tokens [N + 1] int64 on the device."""
+        return torch.from_numpy(self.val.tokens.astype(np.int64)).to(self.run.device)
+
+    def mix(self) -> None:
+        """Replace the scores by the hedged mixture's: expert 0 is what was scored, the others count (MIXER)."""
+        moment = torch.from_numpy(self.ledger.when.astype(np.int64)).to(self.run.device)
+        nats = expert_nats(self.tokens, moment, self.cfg.mixer, self.cfg.vocab_size)
+        for at in np.linspace(0, self.val.targets - 1, 8).astype(int).tolist():
+            for letter, row in zip(self.cfg.mixer, nats):  # the definition, over the whole vocabulary
+                p = expert_distribution(self.tokens, moment, letter, self.cfg.vocab_size, at)
+                if abs(float(p.sum()) - 1) > 1e-9:
+                    raise Violation(f"expert {letter} gives the vocabulary a mass of {float(p.sum()):.6f} at position {at}")
+                self.ledger.check_mass(p.log()[None], self.tokens[at + 1:at + 2], row[at:at + 1], 1e-6)
+        self.nll = hedge(torch.cat((self.nll.double()[None], nats)), moment, self.cfg.mixer_eta)
+
+    def report(self, done: int, what: str) -> None:
+        """Every ten seconds: running bpb of this rank's share, tokens a second over all ranks, time left."""
+        now = self.run.clock.read()
+        if now - self.told < 10:
+            return
+        self.told, seconds = now, now - self.start
+        scored = (self.nll != 0).cpu().numpy()
+        bpb = float(self.nll.double().sum()) / math.log(2) / max(int(self.val.bytes[scored].sum()), 1)
+        left = seconds * (self.val.targets - done) / max(done, 1)
+        self.run.log(f"{what} tokens:{done}/{self.val.targets} running_bpb:{bpb:.4f} tok/s:{done / seconds:.0f} "
+                     f"time:{seconds:.1f}s left:{left:.0f}s")
+
+    def result(self, mixed: bool = False) -> Score:
         """Sums in fp64, in one order on every rank. bpb = nats / ln 2 / bytes of text."""
-        verdict = self.ledger.verdict()
-        self.nll = self.run.sum_(self.nll).cpu()  # every rank holds zeros where others scored
-        nats, size = float(self.nll.double().sum()), float(self.val.bytes.sum())
-        return Score(nats / self.val.targets, nats / math.log(2) / size, self.run.clock.read() - self.start, verdict)
+        self.ledger.verdict()  # stops here if tokens were left out
+        self.nll = self.run.sum_(self.nll)  # every rank holds zeros where others scored
+        if mixed and self.cfg.mixer:
+            self.mix()
+        nats, size = self.nll.double().cpu().numpy(), float(self.val.bytes.sum())
+        total, seconds = float(nats.sum()), self.run.clock.read() - self.start
+        self.nll = self.nll.cpu()
+        return Score(total / self.val.targets, total / math.log(2) / size, seconds, self.ledger.verdict(), nats)
 
 
 def score_windows(model: GPT, val: ValidationSet, cfg: Config, run: Run, stride: int) -> Score:
@@ -2412,15 +2891,25 @@ def score_windows(model: GPT, val: ValidationSet, cfg: Config, run: Run, stride:
     return scorer.result()
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# 16. ADAPTATION - test-time training: objects that the scorer drives. What is scored at one moment may change the model,
+#     adapters or counts only for later moments of one order, which is fixed by lengths and positions before scoring.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 class Adapter:
-    """Full-parameter test-time training: after a chunk has its scores, a few epochs of SGD or AdamW on its tokens."""
+    """Full-parameter test-time training: after tokens have their scores, a few epochs of SGD or AdamW on them."""
+    ROWS = 8  # a step is the sum of so many forward passes (fewer if windows are longer), so 1 to 8 ranks do the same sums
 
     def __init__(self, model: GPT, val: ValidationSet, cfg: Config, run: Run, ledger: Ledger):
         self.model, self.val, self.cfg, self.run, self.ledger = model, val, cfg, run, ledger
+        self.order = np.arange(val.targets)  # positions in the order in which they are learned
         chosen = adapted_names(model, cfg)
         self.params = [p for n, p in model.named_parameters() if n in chosen]
         self.still = [p for n, p in model.named_parameters() if n not in chosen]
         self.saved = [p.detach().clone() for p in self.params]  # the artifact's weights come back afterwards
+        # Polyak: scores read an average of the weights, training goes on from the weights themselves
+        self.average = [p.detach().clone() for p in self.params] if cfg.ttt_polyak else []
         kinds = {"sgd": lambda ps: torch.optim.SGD(ps, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum),
                  "adamw": lambda ps: torch.optim.AdamW(ps, lr=cfg.ttt_lr, weight_decay=0.0)}
         self.optimizer = kinds[cfg.ttt_optimizer](self.params)
@@ -2439,34 +2928,66 @@ class Adapter:
             p.grad = None
 
     def learn(self, begin: int, end: int, lr: float) -> None:
-        """Train on targets [begin, end), in steps of TTT_BATCH_TOKENS over all ranks."""
-        self.ledger.learn(begin, end)
+        """Train on positions order[begin:end], in steps of TTT_BATCH_TOKENS over all ranks."""
+        self.book(begin, end)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+        self.swap()
         for _ in range(self.cfg.ttt_epochs):
             for at in range(begin, end, self.cfg.ttt_batch_tokens):
                 self.step(at, min(at + self.cfg.ttt_batch_tokens, end))
+                for mean, p in zip(self.average, self.params):
+                    mean.lerp_(p.detach(), 1 - self.cfg.ttt_polyak)
+        self.swap()
+
+    def book(self, begin: int, end: int) -> None:
+        """Tell the ledger: runs of consecutive positions as spans."""
+        at = self.order[max(begin, 0):end]
+        cuts = np.flatnonzero(np.diff(at) != 1) + 1
+        first, last = np.append(0, cuts), np.append(cuts, len(at))
+        if len(at) != end - begin:
+            raise Violation(f"training on position {end - 1} before it is scored (its span begins at {begin})")
+        self.ledger.learn(at[first], at[last - 1] + 1)
+
+    def swap(self) -> None:
+        """Exchange weights and their average."""
+        for mean, p in zip(self.average, self.params):
+            kept = p.detach().clone()
+            p.data.copy_(mean)
+            mean.copy_(kept)
 
     def step(self, begin: int, end: int) -> None:
-        """One step on [begin, end). Ranks take equal shares; a share cut short by the end is padded and masked."""
-        share = self.cfg.ttt_batch_tokens // self.run.world
-        a = begin + self.run.rank * share  # this rank's piece of the step
-        real = max(0, min(share, end - a))  # 0 where the chunk ends before this rank's piece
-        tokens = np.pad(self.val.tokens[a:a + real + 1] if real else np.zeros(1, np.uint16), (0, share - real))
-        pieces = np.arange(0, share, min(self.cfg.eval_seq_len, share))  # never longer than a window
-        cu = cut_segments(tokens[:-1], pieces, self.cfg.eval_seq_len, self.val.isolate)
-        batch = make_batch(tokens[:-1], tokens[1:], cu, self.cfg.eval_seq_len, self.run, self.room(share))
+        """One step on order[begin:end]. Rows are dealt to ranks; a short one is padded and masked."""
+        width = max(self.cfg.eval_seq_len, self.cfg.ttt_batch_tokens // self.ROWS)
+        width = min(width, self.cfg.ttt_batch_tokens)
         self.optimizer.zero_grad(set_to_none=True)
-        mask = torch.arange(share, device=self.run.device) < real  # padding earns no gradient
-        ((self.model.nll(*batch) * mask).sum() / (end - begin)).backward()
-        self.run.sum_all_([p.grad for p in self.params if p.grad is not None])
+        at = self.order[begin:end]
+        weight = self.val.bytes[at] if self.cfg.ttt_byte_weighted else np.ones(len(at))
+        for i, first in enumerate(range(0, len(at), width)):
+            if i % self.run.world == self.run.rank:
+                self.accumulate(at[first:first + width], weight[first:first + width] / max(weight.sum(), 1), width)
+        for p in self.params:  # a rank without a row adds nothing
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        self.run.sum_all_([p.grad for p in self.params])
         if self.cfg.ttt_grad_clip:
             torch.nn.utils.clip_grad_norm_(self.params, self.cfg.ttt_grad_clip)
         self.optimizer.step()
 
-    def room(self, share: int) -> int:
+    def accumulate(self, at: np.ndarray, weight: np.ndarray, width: int) -> None:
+        """Gradient of sum(weight * nats) over positions `at`, as one row of `width` tokens."""
+        pad = width - len(at)
+        ids, targets = (np.pad(self.val.tokens[x], (0, pad)) for x in (at, at + 1))
+        pieces = np.arange(0, width, min(self.cfg.eval_seq_len, width))  # never longer than a window
+        # a document that is not followed by its own next token ends here, whether or not documents see each other
+        jumps = np.flatnonzero(np.diff(at) != 1) + 1
+        cu = cut_segments(ids, np.union1d(pieces, jumps), self.cfg.eval_seq_len, self.val.isolate)
+        batch = make_batch(ids, targets, cu, self.cfg.eval_seq_len, self.run, self.room(width))
+        mask = torch.from_numpy(np.pad(weight, (0, pad)).astype(np.float32)).to(self.run.device)  # padding earns no gradient
+        (self.model.nll(*batch) * mask).sum().backward()
+
+    def room(self, width: int) -> int:
         """Static number of segments on a GPU, enough for a document every 32 tokens; more would only recompile."""
-        return max(64, share // 32) if self.run.gpu else 0
+        return max(64, width // 32) if self.run.gpu else 0
 
 
 def group_chunks(windows: np.ndarray, tokens: int) -> list[np.ndarray]:
@@ -2476,22 +2997,32 @@ def group_chunks(windows: np.ndarray, tokens: int) -> list[np.ndarray]:
     return [c for c in np.split(windows, np.unique(cuts)) if len(c)]
 
 
-def score_adapting(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> Score:
+def budget_is_short(cfg: Config, run: Run, reserve: float) -> bool:
+    """Whether adaptation must stop, so that `reserve` seconds of EVAL_WALLCLOCK_SECONDS are left for plain scoring."""
+    run.clock.sync()  # the device queue is far behind the host's clock
+    return cfg.eval_wallclock_seconds > 0 and run.agree(run.clock.read(*EVAL_SPANS)) + reserve > cfg.eval_wallclock_seconds
+
+
+def score_adapting(model: GPT, val: ValidationSet, cfg: Config, run: Run, reserve: float = 0.0) -> Score:
     """Score-first test-time training: score a chunk with sliding windows, then train on it; the last is only scored.
 
-    Runs with deterministic kernels, so that MODE=eval gives the same digits again.
+    Runs with deterministic kernels, so that MODE=eval gives the same digits again. TTT_METHOD=none: only counts learn.
     """
     scorer = Scorer(model, val, cfg, run)
     chunks = group_chunks(make_windows(val.sequences, cfg.eval_seq_len, cfg.eval_stride), cfg.ttt_chunk_tokens)
+    scorer.plan_hints(np.repeat(np.arange(len(chunks)), [int((c[:, 1] - c[:, 2]).sum()) for c in chunks])[:val.targets])
+    learning = cfg.ttt_method == "chunk"
     with deterministic(cfg), Adapter(model, val, cfg, run, scorer.ledger) as adapter:
         for i, chunk in enumerate(chunks):
             scorer.score(chunk)
-            if i + 1 < len(chunks):
+            if learning and budget_is_short(cfg, run, reserve * (len(chunks) - i) / len(chunks)):
+                learning = False
+                run.warn(f"evaluation budget: the last {len(chunks) - i - 1} of {len(chunks)} chunks are scored without adapting")
+            if learning and i + 1 < len(chunks):
                 lr = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * i / max(len(chunks) - 1, 1)))
                 adapter.learn(int(chunk[0, 2]), int(chunk[-1, 1]), lr)
-            if i % 20 == 0:
-                run.log(f"ttt_chunk [{i + 1}/{len(chunks)}] time:{run.clock.read() - scorer.start:.1f}s")
-    return scorer.result()
+            scorer.report(int(chunk[-1, 1]), f"ttt_chunk [{i + 1}/{len(chunks)}]")
+    return scorer.result(mixed=True)
 
 
 class Step(NamedTuple):
@@ -2526,6 +3057,44 @@ def slot_schedule(spans: np.ndarray, slots: int, chunk: int) -> list[Step]:
     return [Step(*table[:, t]) for t in range(steps)]
 
 
+class Stage(NamedTuple):
+    """Documents of one chunk size, in lock step."""
+    chunk: int
+    steps: list[Step]
+
+
+def slot_count(spans: np.ndarray, cfg: Config) -> int:
+    """TTT_SLOTS, or a power of two near one slot for 40 documents: few enough that A warms up, enough to fill 8 GPUs."""
+    return cfg.ttt_slots or min(512, max(8, 1 << int(math.log2(max(len(spans) / 40, 1)))))
+
+
+def document_plan(spans: np.ndarray, cfg: Config) -> list[list[Stage]]:
+    """Phases of stages: the one order of all adaptive state, from lengths alone. spans [n, 2]
+
+    Longest documents first; the first PHASED_TTT_PREFIX_DOCS of them in PHASED_TTT_NUM_PHASES phases, then the rest.
+    """
+    lengths, count = spans[:, 1] - spans[:, 0], cfg.phased_ttt_num_phases
+    order = np.argsort(-lengths, kind="stable")
+    prefix = cfg.phased_ttt_prefix_docs or len(spans) // 20
+    cuts = sorted({prefix * (k + 1) // count for k in range(count)} - {0})
+    phases = []
+    for docs in np.split(order, [c for c in cuts if c < len(order)]):
+        lows = [0] + [limit for limit, _ in cfg.ttt_chunks]
+        classes = [(chunk, docs[(lengths[docs] > low) & (lengths[docs] <= limit)]) for low, (limit, chunk) in zip(lows, cfg.ttt_chunks)]
+        # documents of a class in stream order: the schedule breaks ties by it
+        phases.append([Stage(chunk, slot_schedule(spans[np.sort(d)], slot_count(spans, cfg), chunk)) for chunk, d in classes[::-1] if len(d)])
+    return phases
+
+
+def planned_moments(plan: list[list[Stage]], targets: int) -> np.ndarray:
+    """The moment at which each target is to be scored: [N]."""
+    when, steps = np.full(targets, -1, np.int32), [step for phase in plan for stage in phase for step in stage.steps]
+    for moment, step in enumerate(steps):
+        for a, b in zip(step.begin, step.end):
+            when[a:b] = moment
+    return when
+
+
 def adapter_sites(model: GPT, cfg: Config) -> list[tuple[int, str, int, int]]:
     """(visit, field of VisitAdapters or HeadAdapters, inputs, outputs) of every adapter; visit -1 is the head."""
     d, e = cfg.model_dim, cfg.head_dim
@@ -2551,6 +3120,7 @@ class Slots:
             parts += [(2 * torch.rand(rank * into, generator=rng) - 1) / math.sqrt(into), torch.zeros(out * rank)]
             fixed += [torch.ones(rank * into, dtype=torch.bool), torch.zeros(out * rank, dtype=torch.bool)]
         extra = cfg.vocab_size * cfg.ttt_logit_bias + 2 * cfg.ttt_asym_logit
+        extra += -(sum(map(len, parts)) + extra) % 64  # rows start at whole cache lines: matrix units want aligned strides
         parts.append(torch.zeros(extra))
         fixed.append(torch.arange(extra) >= cfg.vocab_size * cfg.ttt_logit_bias)  # softcaps are kept like A
         self.sizes = [len(x) for x in parts]
@@ -2562,45 +3132,39 @@ class Slots:
         cells = count, (self.window if cfg.ttt_cache == "keep" else 0) + self.SPARE, cfg.num_kv_heads, cfg.head_dim
         self.keys = [torch.zeros(cells, device=run.device, dtype=run.dtype) for _ in model.plans[1]]
         self.values = [torch.zeros_like(k) for k in self.keys]
-        self.where = torch.full(cells[:2], -1, device=run.device)  # position in its document of every cell; -1 empty
-        self.renew = torch.compile(renew_rows, dynamic=True) if model.run is not call else renew_rows
+        self.renew = model.renew
 
     def begin(self, fresh: Tensor) -> None:
-        """Slots (bool [n]) that take up a new document: adapters back to their start, optimiser and past empty."""
+        """Slots (bool [n]) that take up a new document: adapters back to their start, optimiser empty. (So is the ring: a
+        document's positions begin at 0, and cells at or beyond the position are not read.)"""
         n = len(fresh)
         self.theta[:n] = torch.where(fresh[:, None] & ~self.kept, self.start, self.theta[:n])
         for state in (self.first, self.second, self.steps):
             if state is not None:
                 state[:n].masked_fill_(fresh[:, None], 0.0)
-        self.where[:n].masked_fill_(fresh[:, None], -1)
 
-    def memory(self, theta: Tensor, pos: Tensor, lead: int) -> Memory:
-        """The model's view of the first n slots: adapters cut out of theta [n, P], past and who sees whom. pos [n, C]"""
+    def memory(self, theta: Tensor, begin: Tensor, lead: int) -> Memory:
+        """The model's view of the first n slots: adapters cut out of theta [n, P], and the past before begin [n]."""
         n, scale = len(theta), self.cfg.ttt_lora_alpha / self.cfg.ttt_lora_rank
         *pairs, extra = theta.split(self.sizes, 1)
         made: dict[int, dict] = {}
         for (visit, field_, into, out), a, b in zip(self.sites, pairs[::2], pairs[1::2]):
             made.setdefault(visit, {})[field_] = (a.unflatten(1, (-1, into)), b.unflatten(1, (out, -1)), scale)
         split = self.cfg.vocab_size * self.cfg.ttt_logit_bias
-        head = HeadAdapters(**made.pop(-1, {}), bias=extra[:, :split] if split else None,
-                            caps=self.cfg.logit_softcap + self.CAP_SCALE * extra[:, split:] if self.cfg.ttt_asym_logit else None)
-        where = self.where[:n, None]
-        old = (where >= 0) & (where > pos[:, :, None] - self.window)  # [n, C, W + 8]; spare cells stay empty
-        C = pos.shape[1]
-        own = torch.ones(C, C, dtype=torch.bool, device=pos.device).tril().expand(n, C, C)
-        seen = torch.cat((old, own), 2)
-        past = [Past(k[:n], v[:n], seen) for k, v in zip(self.keys, self.values)]
+        head = HeadAdapters(**made.pop(-1, {}), bias=extra[:, :split].float() if split else None,
+                            caps=self.cfg.logit_softcap + self.CAP_SCALE * extra[:, split:split + 2].float()
+                            if self.cfg.ttt_asym_logit else None)
+        past = [Past(k[:n], v[:n], begin, k.shape[1] - self.SPARE) for k, v in zip(self.keys, self.values)]
         return Memory([VisitAdapters(**made.get(i, {})) for i in range(len(self.keys))], past, head, n, lead, [])
 
     @torch.no_grad()
     def remember(self, memory: Memory, pos: Tensor, real: Tensor) -> None:
         """Store the new keys and values [n C, K, E] in a ring over positions; what is not real goes to the spare cell."""
-        n, ring = pos.shape[0], self.where.shape[1] - self.SPARE
+        n, ring = pos.shape[0], memory.past[0].window
         cell = torch.where(real, pos % max(ring, 1), ring)
         row = torch.arange(n, device=pos.device)[:, None].expand_as(cell)
         for old_k, old_v, (k, v) in zip(self.keys, self.values, memory.kept):
             old_k[row, cell], old_v[row, cell] = k.unflatten(0, (n, -1)), v.unflatten(0, (n, -1))
-        self.where[row, cell] = torch.where(real, pos, -1)
 
     @torch.no_grad()
     def learn(self, grad: Tensor, learns: Tensor) -> None:
@@ -2611,48 +3175,41 @@ class Slots:
                    learns[:, None], c.ttt_lora_lr, c.ttt_beta1, c.ttt_beta2, c.ttt_weight_decay, c.ttt_trust)
 
 
-def renew_rows(theta: Tensor, grad: Tensor, first: Tensor | None, second: Tensor, steps: Tensor, learns: Tensor, lr: float,
-               beta1: float, beta2: float, decay: float, trust: float) -> None:
-    """AdamW in place with a step count a row; `trust` bounds the root mean square of a row's normalised step."""
-    second.lerp_(grad.square(), 1 - beta2)
-    if first is not None:
-        grad = first.lerp_(grad, 1 - beta1) / (1 - beta1 ** steps.clamp_min(1))
-    # bias correction by the row's own step count: every document starts its optimiser anew
-    move = grad / ((second / (1 - beta2 ** steps.clamp_min(1))).sqrt() + 1e-10)
-    if trust:
-        move = move * (trust / move.square().mean(1, keepdim=True).sqrt().clamp_min(trust))
-    theta.sub_((move + decay * theta) * (lr * learns))
-
-
 class DocumentScorer:
     """Per-document low-rank adaptation in lock step: every slot's chunk is scored, then its adapters learn from it."""
 
     def __init__(self, model: GPT, val: ValidationSet, cfg: Config, run: Run):
         self.scorer, self.model, self.val, self.cfg, self.run = Scorer(model, val, cfg, run), model, val, cfg, run
-        self.count = cfg.ttt_slots // run.world
+        self.plan = document_plan(val.sequences, cfg)
+        self.scorer.plan_hints(planned_moments(self.plan, val.targets))
+        self.mine = np.arange(run.rank, slot_count(val.sequences, cfg), run.world)  # loads fall, so ranks stay even
+        self.count = len(self.mine)
         self.slots = Slots(model, cfg, run, self.count)
-        # one more token, so that padding may look one past the end
-        self.tokens = torch.from_numpy(np.append(val.tokens, 0).astype(np.int64)).to(run.device)
+        # one more token and hint, so that padding may look one past the end
+        self.tokens = torch.cat((self.scorer.tokens, self.scorer.tokens[:1]))
+        self.hints = F.pad(self.scorer.hints.token, (0, 1), value=-1) if self.scorer.hints is not None else None
         self.nll = torch.zeros(val.targets + 1, device=run.device)  # the last cell takes what padding would write
+        # casting every matrix at every visit would be a fifth of a small step
+        self.copies = [torch.empty_like(p, dtype=run.dtype if p.numel() > 2 ** 16 else p.dtype) for p in model.parameters()]
         self.lead = 2  # a pair hash and a smear look back two tokens
-        self.done = 0
+        self.done, self.units, self.pool = 0, {}, torch.cuda.graph_pool_handle() if run.gpu else None
 
-    def run_class(self, spans: np.ndarray, chunk: int, give_up: Callable[[], bool]) -> None:
-        """All documents of one chunk size."""
-        steps = slot_schedule(spans, self.cfg.ttt_slots, chunk)
-        for t, step in enumerate(steps):
-            if t % 8 == 0 and give_up():
-                return
+    def run_stage(self, stage: Stage, give_up: Callable[[], bool]) -> bool:
+        """All documents of one chunk size; False when time is up."""
+        for t, step in enumerate(stage.steps):
+            if t % 16 == 0 and give_up():
+                return False
             busy = step.end > step.begin
             self.book(step, busy)
-            mine = np.arange(self.run.rank, self.cfg.ttt_slots, self.run.world)  # loads fall, so ranks stay even
-            self.step(Step(*(x[mine] for x in step)), chunk, sample=t % 16 == 0)
+            self.step(Step(*(x[self.mine] for x in step)), stage.chunk, sample=t % 16 == 0)
             self.done += int((step.end - step.begin).sum())
-            if t % 50 == 0:
-                self.report(chunk, t, len(steps), int(busy.sum()))
+            if t % 16 == 15:
+                self.report(f"ttt_lora chunk:{stage.chunk} step:{t + 1}/{len(stage.steps)} slots:{int(busy.sum())}")
+        return True
 
     def book(self, step: Step, busy: np.ndarray) -> None:
         """Tell the ledger what this moment scores and then learns, on all ranks."""
+        self.scorer.rely_on_hints(step.begin[busy], step.end[busy])
         first = np.maximum(step.doc, step.begin - 1)  # it reads more, but if its predecessor is scored, so is all before
         spans = np.stack([first, step.end, step.begin], 1)[busy]
         self.scorer.ledger.score(spans[spans[:, 2].argsort()])  # one moment: documents do not see each other
@@ -2660,56 +3217,79 @@ class DocumentScorer:
         self.scorer.ledger.learn(step.begin[learns], step.end[learns])
 
     def step(self, step: Step, chunk: int, sample: bool = False) -> None:
-        """Score one chunk a slot and learn from it in the same forward; idle slots at the end are left out."""
+        """Score one chunk a slot and learn from it; idle slots at the end are left out."""
         busy = int(np.count_nonzero(step.end > step.begin))
         if not busy:
             return
-        n = min(self.count, max(8, 1 << (busy - 1).bit_length()))  # few batch sizes: kernels are chosen by shape
-        doc, begin, end, more = (torch.from_numpy(x[:n]).to(self.run.device)[:, None] for x in step)
+        n = min(self.count, max(8, 1 << (busy - 1).bit_length()))  # few batch sizes: each is recorded once
+        if (n, chunk) not in self.units:
+            inputs = torch.zeros(4, n, dtype=torch.int64, device=self.run.device)
+            self.units[n, chunk] = inputs, Replay(functools.partial(self.advance, inputs, chunk), self.run.gpu, self.pool)
+        inputs, unit = self.units[n, chunk]
+        inputs.copy_(*self.run.place([torch.from_numpy(np.stack([x[:n] for x in step]))]))
+        logits, target, nats = unit()
+        if sample:  # slot 0's whole distributions, adapters included, by the uncompiled head
+            real = int(step.end[0] - step.begin[0])
+            self.scorer.ledger.check_mass(logits[:real], target[:real], nats[:real])
+
+    def advance(self, inputs: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The device's part of a step, without a look at the host: score, then learn. -> slot 0's logits, targets, nats"""
+        doc, begin, end, more = inputs[..., None].unbind()
+        n, keep = len(doc), self.cfg.ttt_cache == "keep"
         # rows: lead tokens, then the chunk; recomputing puts the whole window before it
-        back = 0 if self.cfg.ttt_cache == "keep" else self.cfg.eval_seq_len - chunk
+        back = 0 if keep else self.cfg.eval_seq_len - chunk
         index = begin + torch.arange(-self.lead - back, chunk, device=self.run.device)
         pos, ids = (index - doc).clamp_min(0), self.tokens[index.clamp(0, self.val.targets)]
         ids = torch.where((index >= doc) & (index < end), ids, BOS)
         self.slots.begin((begin == doc).squeeze(1))
-        inner, inner_pos = index[:, self.lead:], pos[:, self.lead:]
+        inner = index[:, self.lead:]
         real = (inner >= begin) & (inner < end)
-        theta = self.slots.theta[:n].detach().requires_grad_()  # a view: only busy slots have gradients
-        memory = self.slots.memory(theta, inner_pos, self.lead)
-        if back:  # rows before the document's start must not be seen
-            memory = self.hide(memory, inner >= doc)
+        # half the bytes to read, and gradients in the same precision; the masters stay fp32
+        theta = self.slots.theta[:n].detach().to(self.run.dtype).requires_grad_()
+        memory = self.slots.memory(theta, (begin - doc).squeeze(1) - back, self.lead)
         target = self.tokens[(inner + 1).clamp(0, self.val.targets)].flatten()
         h, weight = self.model.hidden(ids.flatten(), pos.flatten(), None, chunk, memory), self.model.input.tok_emb.weight
-        nll = self.model.run_slots(self.model.head, h, target, weight, memory.head).view(n, -1)
-        if sample:  # slot 0's whole distributions, adapters included, by the uncompiled head
-            rows = slice(nll.shape[1] - chunk, nll.shape[1] - chunk + int(step.end[0] - step.begin[0]))
+        hint = None if self.hints is None else self.hints[torch.where(real, inner, self.val.targets)].flatten()
+        asked = target if hint is None else torch.stack((target, hint.clamp_min(0)), 1)
+        nats = self.model.head(h, asked, weight, memory.head)
+        counted = self.scorer.tilted(nats.detach(), hint, target).view(n, -1)
+        self.nll[torch.where(real, inner, self.val.targets)] = counted
+        rows = slice(back, back + chunk)  # slot 0's
+        with torch.no_grad():
             logits = self.model.head(h[rows], None, weight, memory.head.of_slot(0))
-            self.scorer.ledger.check_mass(logits.detach(), target[rows], nll[0, rows].detach())
-        self.nll[torch.where(real, inner, self.val.targets)] = nll.detach()
-        learns = more.squeeze(1).bool() & (end > begin).squeeze(1)
-        if not back:
-            self.slots.remember(memory, inner_pos, real)
+            logits = logits if hint is None else tilt_logits(logits, hint[rows], self.cfg.ngram_tilt_boost)
+        sample = logits, target[rows], counted[0, rows]
         # the same forward was scored above; from here on it may change the adapters
-        if bool(step.more[:n].any()):
-            loss = ((nll * real).sum(1) / real.sum(1).clamp_min(1) * learns).sum()
-            self.slots.learn(torch.autograd.grad(loss, theta)[0], learns)
+        own, learns = (nats if hint is None else nats[:, 0]).view(n, -1), more.squeeze(1).bool() & (end > begin).squeeze(1)
+        loss = ((own * real).sum(1) / real.sum(1).clamp_min(1) * learns).sum()
+        grad = torch.autograd.grad(loss, theta)[0]
+        if keep:  # only now: the backward pass reads the ring as the forward did
+            self.slots.remember(memory, pos[:, self.lead:], real)
+        self.slots.learn(grad, learns)
+        return sample
 
-    @staticmethod
-    def hide(memory: Memory, exists: Tensor) -> Memory:
-        """Close the view on rows that lie before a document's start (each row still sees itself)."""
-        C = exists.shape[1]
-        seen = memory.past[0].seen.clone()
-        seen[:, :, -C:] &= exists[:, None, :] | torch.eye(C, dtype=torch.bool, device=exists.device)
-        return memory._replace(past=[p._replace(seen=seen) for p in memory.past])
+    def learn_globally(self, adapter: Adapter) -> None:
+        """Train the network itself on all documents scored so far, longest first: one epoch with a cosine (PR #1610)."""
+        cfg, spans = adapter.cfg, self.val.sequences
+        spans = spans[self.scorer.ledger.when[spans[:, 1] - 1] >= 0]
+        spans = spans[np.argsort(spans[:, 0] - spans[:, 1], kind="stable")]
+        adapter.order = np.concatenate([np.arange(a, b) for a, b in spans])
+        starts = range(0, len(adapter.order), cfg.ttt_chunk_tokens)
+        compiled, self.model.run = self.model.run, call  # some hundred steps do not pay for compiling another shape
+        for i, at in enumerate(starts):
+            lr = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * i / max(len(starts) - 1, 1)))
+            adapter.learn(at, min(at + cfg.ttt_chunk_tokens, len(adapter.order)), lr)
+        self.model.run = compiled
 
-    def report(self, chunk: int, t: int, steps: int, busy: int) -> None:
-        """Progress: tokens over all ranks, their rate, seconds."""
-        seconds = self.run.clock.read() - self.scorer.start
-        self.run.log(f"ttt_lora chunk:{chunk} step:{t + 1}/{steps} slots:{busy} tokens:{self.done}/{self.val.targets} "
-                     f"tok/s:{self.done / max(seconds, 1e-9):.0f} time:{seconds:.1f}s")
+    def report(self, what: str) -> None:
+        """As the scorer reports, over what the slots have scored."""
+        self.scorer.nll, kept = self.nll[:-1], self.scorer.nll
+        self.scorer.report(self.done, what)
+        self.scorer.nll = kept
 
     def finish_plain(self) -> None:
         """Score what is left with fixed weights: the budget is met, adaptation is not."""
+        self.scorer.hints = None  # they were made for another order
         left = [(a + int(np.argmax(self.scorer.ledger.when[a:b] < 0)), a, b) for a, b in self.val.sequences
                 if (self.scorer.ledger.when[a:b] < 0).any()]
         self.run.warn(f"evaluation budget: {sum(b - p for p, _, b in left)} tokens of {len(left)} documents are scored without "
@@ -2722,56 +3302,49 @@ class DocumentScorer:
         self.scorer.score(np.concatenate(rows))
 
 
+@contextlib.contextmanager
+def frozen(model: GPT, copies: list[Tensor]):
+    """Matrices in the precision they are multiplied in, none of them learning; the fp32 masters come back afterwards.
+
+    `copies` keeps its storage from one call to the next: recorded steps read it.
+    """
+    params = list(model.parameters())
+    masters = [p.data for p in params]
+    for p, copied in zip(params, copies):
+        p.data = copied.copy_(p.data)
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p, master in zip(params, masters):
+            p.data = master
+            p.requires_grad_(True)
+
+
 def score_documents(model: GPT, val: ValidationSet, cfg: Config, run: Run, reserve: float) -> Score:
     """Score-first test-time training with adapters of each document's own (PR #1530; cached past: here).
 
-    Classes of documents by chunk size run one after the other, slots side by side within each. `reserve`: seconds that
-    scoring the rest without adaptation takes, kept free of EVAL_WALLCLOCK_SECONDS.
+    Phases of stages of lock steps, as document_plan orders them; between phases the network itself learns from what was
+    scored. `reserve`: seconds kept free of EVAL_WALLCLOCK_SECONDS for scoring the rest without adaptation.
     """
     scorer = DocumentScorer(model, val, cfg, run)
-    lengths = val.sequences[:, 1] - val.sequences[:, 0]
-    cap = cfg.eval_wallclock_seconds or math.inf
-
-    def give_up() -> bool:
-        run.clock.sync()  # the device queue is far behind the host's clock
-        return run.agree(run.clock.read(*EVAL_SPANS)) + reserve > cap
-
-    # only adapters learn: no gradient of a weight is ever formed
-    for p in model.parameters():
-        p.requires_grad_(False)
-    try:
-        with deterministic(cfg):
-            low = 0
-            for limit, chunk in cfg.ttt_chunks:
-                spans = val.sequences[(lengths > low) & (lengths <= limit)]
-                low = limit
-                if len(spans):
-                    scorer.run_class(spans, chunk, give_up)
-            if (scorer.scorer.ledger.when < 0).any():
-                scorer.finish_plain()
-    finally:
-        for p in model.parameters():
-            p.requires_grad_(True)
+    globally = dataclasses.replace(cfg, ttt_optimizer="sgd", ttt_lr=cfg.global_ttt_lr, ttt_momentum=cfg.global_ttt_momentum,
+                                   ttt_epochs=cfg.global_ttt_epochs, ttt_chunk_tokens=cfg.global_ttt_chunk_tokens, ttt_polyak=0.0,
+                                   ttt_batch_tokens=cfg.global_ttt_chunk_tokens, ttt_params="all", ttt_byte_weighted=False)
+    give_up = functools.partial(budget_is_short, cfg, run, reserve)
+    with Adapter(model, val, globally, run, scorer.scorer.ledger) as adapter:
+        for i, phase in enumerate(scorer.plan):
+            with frozen(model, scorer.copies):
+                going = all(scorer.run_stage(stage, give_up) for stage in phase)
+            if not going:
+                break
+            if i + 1 < len(scorer.plan):
+                scorer.learn_globally(adapter)
+        if (scorer.scorer.ledger.when < 0).any():
+            scorer.finish_plain()
+    scorer.units.clear()  # recorded steps hold the scorer, and with it every slot's state
     scorer.scorer.nll += scorer.nll[:-1]  # zeros wherever the other one scored
-    return scorer.scorer.result()
-
-
-def warm_up_evaluation(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> None:
-    """Compile scoring and adaptation on random tokens; never on validation text, and on neither budget."""
-    scorer = Scorer(model, val, cfg, run)
-    random_tokens = np.random.Generator(np.random.PCG64(0)).integers(2, cfg.vocab_size, scorer.row_tokens + 1)
-    width = cfg.ttt_batch_tokens // run.world
-    for count, room, learns in ((scorer.row_tokens, scorer.room, False), (width, max(64, width // 32), True)):
-        if learns and not (cfg.ttt_enabled and cfg.ttt_method == "chunk"):
-            continue  # nothing will learn on flat rows
-        cu = np.append(np.arange(0, count, scorer.length), count).astype(np.int32)
-        batch = make_batch(random_tokens[:count], random_tokens[1:count + 1], cu, scorer.length, run, room)
-        with deterministic(cfg, learns), torch.set_grad_enabled(learns):
-            nll = model.nll(*batch)
-            if learns:
-                nll.mean().backward()
-    for p in model.parameters():
-        p.grad = None
+    return scorer.scorer.result(mixed=True)
 
 
 @contextlib.contextmanager
@@ -2784,28 +3357,61 @@ def deterministic(cfg: Config, wanted: bool = True):
         torch.use_deterministic_algorithms(cfg.deterministic)
 
 
+def random_documents(val: ValidationSet, cfg: Config) -> ValidationSet:
+    """Random tokens shaped like a validation set: documents of every chunk size, and enough tokens to learn from twice."""
+    lengths = [cfg.eval_seq_len + 100] + [int(min(limit, cfg.eval_seq_len)) for limit, _ in cfg.ttt_chunks]
+    if cfg.ttt_enabled and cfg.ttt_method == "chunk":
+        lengths += [cfg.eval_seq_len] * (1 + 2 * cfg.ttt_chunk_tokens // cfg.eval_seq_len)
+    rng, other = np.random.Generator(np.random.PCG64(0)), copy.copy(val)
+    other.starts = np.cumsum([0, *lengths])
+    other.targets = int(other.starts[-1])
+    other.tokens = rng.integers(2, cfg.vocab_size, other.targets + 1).astype(np.uint16)
+    other.tokens[other.starts] = BOS
+    other.bytes = np.ones(other.targets, np.int64)
+    return other
+
+
+def passes(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> dict[str, tuple[str, Callable]]:
+    """Name -> (label in the log, function of the seconds that one plain pass takes)."""
+    made = {"full": ("roundtrip", lambda plain: score_windows(model, val, cfg, run, cfg.eval_seq_len))}
+    if cfg.sliding_window_enabled:
+        made["sliding"] = "sliding_window", lambda plain: score_windows(model, val, cfg, run, cfg.eval_stride)
+    if cfg.ttt_enabled:
+        # what is left when the budget ends is scored in half-overlapping windows, or as the chunks go
+        adapt = {"lora": lambda plain: score_documents(model, val, cfg, run, 2 + 2 * plain)}
+        made["ttt"] = "ttt", adapt.get(cfg.ttt_method, lambda plain: score_adapting(
+            model, val, cfg, run, 2 + plain * cfg.eval_seq_len / cfg.eval_stride))
+    return made
+
+
 def evaluate(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> dict[str, Score]:
     """All configured passes over the reloaded artifact, each on the evaluation clock, in the baseline's log grammar."""
-    passes = {"full": ("roundtrip", lambda: score_windows(model, val, cfg, run, cfg.eval_seq_len))}
-    if cfg.sliding_window_enabled:
-        passes["sliding"] = "sliding_window", lambda: score_windows(model, val, cfg, run, cfg.eval_stride)
-    if cfg.ttt_enabled:
-        adapt = {"chunk": lambda: score_adapting(model, val, cfg, run),
-                 "lora": lambda: score_documents(model, val, cfg, run, 2 + 2 * results["full"].seconds)}
-        passes["ttt"] = "ttt", adapt[cfg.ttt_method]
     model.looping = cfg.num_loops > 0
-    if run.gpu:
+    if run.gpu:  # compile on random tokens, never on validation text; on neither budget
         with run.clock.span("eval warm-up"):
-            warm_up_evaluation(model, val, cfg, run)
-    results = {}
-    for name, (label, score) in passes.items():
+            for name, (_, score) in passes(model, random_documents(val, cfg), cfg, run).items():
+                score(0.0)
+    results: dict[str, Score] = {}
+    for name, (label, score) in passes(model, val, cfg, run).items():
         with run.clock.span(f"eval {name}"):
-            results[name] = s = score()
+            results[name] = s = score(results["full"].seconds if results else 0.0)
         run.log(f"final_int{cfg.matrix_bits}_{label}_exact val_loss:{s.val_loss:.8f} val_bpb:{s.val_bpb:.8f} "
                 f"eval_time:{1000 * s.seconds:.0f}ms tok/s:{val.targets / s.seconds:.0f}")
         run.log(f"ledger {name}: {s.verdict}")
-        run.event("score", name=name, **s._asdict())
+        run.event("score", name=name, **s.facts())
+        if cfg.doc_losses and run.main:
+            write_document_losses(s, val, run.path(f".{name}.docs.npz"))
     return results
+
+
+def write_document_losses(score: Score, val: ValidationSet, path: Path) -> None:
+    """Nats (fp64), tokens and bytes of every document, in stream order: what bootstrap intervals are made of."""
+    starts = val.starts[val.starts < val.targets]
+    sums = {name: np.add.reduceat(x, starts) for name, x in
+            (("nats", score.nats), ("tokens", np.ones(val.targets, np.int64)), ("bytes", val.bytes))}
+    box = io.BytesIO()
+    np.savez(box, **sums)
+    write_atomic(path, box.getvalue())
 
 
 def diagnose(model: GPT, val: ValidationSet, cfg: Config, run: Run, label: str) -> Score:
@@ -2814,12 +3420,12 @@ def diagnose(model: GPT, val: ValidationSet, cfg: Config, run: Run, label: str) 
     with run.clock.span("diagnostics"):
         s = score_windows(model, val, cfg, run, cfg.eval_seq_len)
     run.log(f"diagnostic {label} val_loss:{s.val_loss:.8f} val_bpb:{s.val_bpb:.8f} eval_time:{1000 * s.seconds:.0f}ms")
-    run.event("diagnostic", name=label, **s._asdict())
+    run.event("diagnostic", name=label, **s.facts())
     return s
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 15. TRAINING LOOP - compile on real steps, put everything back, start the clock; then validate or train until the
+# 17. TRAINING LOOP - compile on real steps, put everything back, start the clock; then validate or train until the
 #     budget says stop. The host never waits for the step it has just queued: numbers are read one step late.
 # ----------------------------------------------------------------------------------------------------------------------
 
@@ -3018,7 +3624,7 @@ def report_training(cfg: Config, run: Run, watch: Watch, schedules: Schedules, s
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 16. SAMPLING - text from the packed artifact: proof that it is a language model.
+# 18. SAMPLING - text from the packed artifact: proof that it is a language model.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -3042,7 +3648,7 @@ def sample(model: GPT, tokenizer: Tokenizer, cfg: Config, run: Run) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 17. MAIN - prepare, train, average, quantise, pack, reload, evaluate, report; MODE picks where to enter.
+# 19. MAIN - prepare, train, average, quantise, pack, reload, evaluate, report; MODE picks where to enter.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -3169,7 +3775,7 @@ def finish(cfg: Config, run: Run, results: dict[str, Score], total: int | None) 
     best = min(results.values(), key=lambda s: s.val_bpb)
     run.log("result: " + " ".join(f"{n}:{s.val_bpb:.6f}" for n, s in results.items()))
     run.log(f"val_bpb:{best.val_bpb:.8f}" + (f" bytes_total:{total}" if total is not None else ""))
-    score = {"run": run.id, "results": {n: s._asdict() for n, s in results.items()}, "bytes_total": total,
+    score = {"run": run.id, "results": {n: s.facts() for n, s in results.items()}, "bytes_total": total,
              "failures": run.failures, "seed": cfg.seed, "recipe": cfg.recipe_hash()}
     run.event("result", **score)
     if run.main:

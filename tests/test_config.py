@@ -62,10 +62,9 @@ RULES = [  # (knobs on top of the smoke preset, the knob that is named, a piece 
     ({"PARALLEL_START_LAYER": 5}, "PARALLEL_START_LAYER", "below 5"),  # would silently give no lanes
     ({"EVAL_STRIDE": 257}, "EVAL_STRIDE", "EVAL_SEQ_LEN=256"),
     ({"VAL_BATCH_TOKENS": 255}, "VAL_BATCH_TOKENS", "EVAL_SEQ_LEN=256"),
-    ({"WORLD_SIZE": 2, "TTT_SLOTS": 3}, "TTT_SLOTS", "2 ranks"),
     ({"TTT_LORA_SITES": "qx"}, "TTT_LORA_SITES", "letters"),
     ({"TTT_CHUNK_SIZE": "8,"}, "TTT_CHUNK_SIZE", "pairs"),
-    ({"WORLD_SIZE": 2, "TTT_BATCH_TOKENS": 4097}, "TTT_BATCH_TOKENS", "2 ranks"),
+    ({"MIXER": "uu"}, "MIXER", "each once"),
     ({"GATE_WINDOW": 129}, "GATE_WINDOW", "MODEL_DIM=128"),
     ({"DETERMINISTIC": 1, "ITERATIONS": 20000}, "ITERATIONS", "DETERMINISTIC=1"),
     ({"BIGRAM_VOCAB_SIZE": 1}, "BIGRAM_VOCAB_SIZE", ""),  # one row is the one without a pair: pairs would hash modulo 0

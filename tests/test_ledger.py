@@ -15,7 +15,7 @@ from toy import one_thread, run, tg  # noqa: F401 (fixtures)
 SHAPE = dict(vocab_size=64, num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=2, rope_dims=4,
              xsa_last_n=3, num_loops=1, loop_start=1, loop_end=1, parallel_start_layer=2, bigram_vocab_size=37, bigram_dim=8,
              pack_tokens=64, train_batch_tokens=256, train_seq_len=24, eval_seq_len=24, eval_stride=5, val_batch_tokens=120,
-             ttt_chunk_tokens=60, ttt_batch_tokens=32, ttt_lr=0.05, ttt_epochs=2)
+             ttt_method="chunk", ttt_chunk_tokens=60, ttt_batch_tokens=32, ttt_lr=0.05, ttt_epochs=2)
 
 
 def small(**knobs):
@@ -413,6 +413,35 @@ def test_a_test_time_step_trains_on_its_tokens_and_no_others(chunk, run, monkeyp
                 p -= 0.1 * g if g is not None else 0
     for p, expected in zip(model.parameters(), after):
         torch.testing.assert_close(p.detach(), expected, atol=2e-4, rtol=1e-3)
+
+
+def test_polyak_scores_read_the_average(run, scorers):
+    """Decay 1: the average never leaves the artifact, so nothing changes; a tiny decay: as without averaging."""
+    val, model = validation(), lively(small())
+    tg.score_windows(model, val, small(), run, 5)
+    still, nats = scorers.nll, {}
+    for decay in (0, 1e-9, 0.9, 1):
+        tg.score_adapting(model, val, small(ttt_polyak=decay), run)
+        nats[decay] = scorers.nll
+    torch.testing.assert_close(nats[1], still, atol=1e-5, rtol=0)
+    torch.testing.assert_close(nats[1e-9], nats[0], atol=1e-4, rtol=0)
+    assert not torch.isclose(nats[0.9][-60:], nats[0][-60:], atol=1e-5).any()
+
+
+def test_bytes_can_weigh_the_loss(run, monkeypatch):
+    """The gradient of one step is that of sum(bytes * nats) / sum(bytes) over its tokens."""
+    cfg, val = small(ttt_epochs=1, ttt_momentum=0, ttt_grad_clip=0, ttt_byte_weighted=True, ttt_batch_tokens=24), validation()
+    model, ledger = lively(cfg), tg.Ledger(validation().targets)
+    ledger.score(np.array([[0, 20, 0]]))
+    ids, targets = (torch.from_numpy(val.tokens[d:20 + d].astype(np.int64)) for d in (0, 1))
+    weight = torch.from_numpy(val.bytes[:20]).float()
+    nats = model.nll(ids, targets, torch.arange(20), torch.tensor([0, 20], dtype=torch.int32), 20)
+    grads = torch.autograd.grad((nats * weight).sum() / weight.sum(), list(model.parameters()), allow_unused=True)
+    before = [p.detach().clone() for p in model.parameters()]
+    with tg.Adapter(model, val, cfg, run, ledger) as adapter:
+        adapter.learn(0, 20, 0.1)
+        for p, b, g in zip(model.parameters(), before, grads):
+            torch.testing.assert_close(p.detach(), b - 0.1 * (g if g is not None else 0), atol=1e-4, rtol=1e-3)
 
 
 def test_the_rate_falls_with_a_cosine_and_the_last_chunk_is_only_scored(run, monkeypatch):

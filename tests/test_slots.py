@@ -23,6 +23,7 @@ class Documents:
         self.targets, self.isolate = len(self.tokens) - 1, True
         self.bytes = np.ones(self.targets, np.int64)
         ends = np.cumsum(lengths)
+        self.starts = ends - lengths
         self.sequences = np.stack([ends - lengths, ends], 1)
 
 
@@ -72,15 +73,15 @@ def step_by_step(model, cfg, run, docs, slot):
     scorer = tg.DocumentScorer(model, docs, cfg, run)
     scorer.slots = tg.Slots(model, cfg, run, 1)
     scorer.count = 1
-    low = 0
-    for limit, chunk in cfg.ttt_chunks:
-        lengths = docs.sequences[:, 1] - docs.sequences[:, 0]
-        spans = docs.sequences[(lengths > low) & (lengths <= limit)]
-        low = limit
-        for step in tg.slot_schedule(spans, cfg.ttt_slots, chunk) if len(spans) else []:
-            if step.end[slot] > step.begin[slot]:
-                scorer.step(tg.Step(*(x[slot:slot + 1] for x in step)), chunk)
+    for chunk, step in steps_of(scorer.plan):
+        if step.end[slot] > step.begin[slot]:
+            scorer.step(tg.Step(*(x[slot:slot + 1] for x in step)), chunk)
     return scorer.nll[:-1]
+
+
+def steps_of(plan):
+    """(chunk, step) of a plan, one after the other."""
+    return [(stage.chunk, step) for phase in plan for stage in phase for step in stage.steps]
 
 
 def plain_decoder(model, cfg, docs):
@@ -91,37 +92,34 @@ def plain_decoder(model, cfg, docs):
     sites = tg.adapter_sites(model, cfg)
     start = tg.Slots(model, cfg, docs.run, 1).start  # the same draw of A
     nll, a_of_slot = torch.zeros(docs.targets), {}
-    lengths, low = docs.sequences[:, 1] - docs.sequences[:, 0], 0
-    for limit, chunk in cfg.ttt_chunks:
-        spans = docs.sequences[(lengths > low) & (lengths <= limit)]
-        low = limit
-        for slot in range(cfg.ttt_slots):
-            for step in tg.slot_schedule(spans, cfg.ttt_slots, chunk) if len(spans) else []:
-                doc, begin, end, more = (int(x[slot]) for x in step)
-                if end == begin:
-                    continue
-                if begin == doc:
-                    pairs = []
-                    for (i, (_, _, into, out)), at in zip(enumerate(sites), np.cumsum([0] + [rank * (s[2] + s[3]) for s in sites])):
-                        a = a_of_slot.get((slot, i), start[at:at + rank * into].view(rank, into))
-                        pairs += [a.clone().requires_grad_(), torch.zeros(out, rank, requires_grad=True)]
-                    optimizer = torch.optim.AdamW(pairs, lr=cfg.ttt_lora_lr, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10,
-                                                  weight_decay=cfg.ttt_weight_decay)
-                merged = dict(model.named_parameters())
-                for (visit, name, _, _), a, b in zip(sites, pairs[::2], pairs[1::2]):
-                    key = "head.weight" if visit < 0 else f"blocks.{visit}.attn.qkv.weight"
-                    rows = {"low": (0, cfg.vocab_size), "q": (0, heads), "v": (heads + kv, heads + 2 * kv)}[name]
-                    merged[key] = torch.cat((merged[key][:rows[0]], merged[key][rows[0]:rows[1]] + scale * b @ a, merged[key][rows[1]:]))
-                ids = torch.from_numpy(docs.tokens[doc:end + 1].astype(np.int64))
-                inputs = (ids[:-1], ids[1:], torch.arange(end - doc), torch.tensor([0, end - doc], dtype=torch.int32), end - doc)
-                got = torch.func.functional_call(Nats(model), {"net." + k: v for k, v in merged.items()}, inputs)[begin - doc:]
-                nll[begin:end] = got.detach()
-                if more:
-                    optimizer.zero_grad()
-                    got.mean().backward()
-                    optimizer.step()
-                for i in range(len(sites)):
-                    a_of_slot[slot, i] = pairs[2 * i].detach()
+    steps = steps_of(tg.document_plan(docs.sequences, cfg))
+    for slot in range(cfg.ttt_slots):
+        for chunk, step in steps:
+            doc, begin, end, more = (int(x[slot]) for x in step)
+            if end == begin:
+                continue
+            if begin == doc:
+                pairs = []
+                for (i, (_, _, into, out)), at in zip(enumerate(sites), np.cumsum([0] + [rank * (s[2] + s[3]) for s in sites])):
+                    a = a_of_slot.get((slot, i), start[at:at + rank * into].view(rank, into))
+                    pairs += [a.clone().requires_grad_(), torch.zeros(out, rank, requires_grad=True)]
+                optimizer = torch.optim.AdamW(pairs, lr=cfg.ttt_lora_lr, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10,
+                                              weight_decay=cfg.ttt_weight_decay)
+            merged = dict(model.named_parameters())
+            for (visit, name, _, _), a, b in zip(sites, pairs[::2], pairs[1::2]):
+                key = "head.weight" if visit < 0 else f"blocks.{visit}.attn.qkv.weight"
+                rows = {"low": (0, cfg.vocab_size), "q": (0, heads), "v": (heads + kv, heads + 2 * kv)}[name]
+                merged[key] = torch.cat((merged[key][:rows[0]], merged[key][rows[0]:rows[1]] + scale * b @ a, merged[key][rows[1]:]))
+            ids = torch.from_numpy(docs.tokens[doc:end + 1].astype(np.int64))
+            inputs = (ids[:-1], ids[1:], torch.arange(end - doc), torch.tensor([0, end - doc], dtype=torch.int32), end - doc)
+            got = torch.func.functional_call(Nats(model), {"net." + k: v for k, v in merged.items()}, inputs)[begin - doc:]
+            nll[begin:end] = got.detach()
+            if more:
+                optimizer.zero_grad()
+                got.mean().backward()
+                optimizer.step()
+            for i in range(len(sites)):
+                a_of_slot[slot, i] = pairs[2 * i].detach()
     return nll
 
 
@@ -157,10 +155,9 @@ def test_a_document_never_sees_another(tmp_path):
     scores = []
     for d in (docs, other):
         scorer = tg.DocumentScorer(model, d, cfg, run)
-        lengths, low = d.sequences[:, 1] - d.sequences[:, 0], 0
-        for limit, chunk in cfg.ttt_chunks:
-            scorer.run_class(d.sequences[(lengths > low) & (lengths <= limit)], chunk, lambda: False)
-            low = limit
+        for phase in scorer.plan:
+            for stage in phase:
+                assert scorer.run_stage(stage, lambda: False)
         scores.append(scorer.nll[:-1])
     changed = (scores[0] != scores[1]).nonzero().flatten()
     assert len(changed) and changed.min() >= a and changed.max() < b

@@ -57,6 +57,45 @@ def test_attention_backend_equals_eager(name, borders, run):
         assert relative(fast, reference) < 2e-2
 
 
+@pytest.mark.parametrize("slots, chunk, window, heads, begin", [
+    (5, 16, 256, (8, 4), (0, 7, 255, 256, 1000)), (3, 48, 256, (8, 4), (48, 300, 4096)), (4, 32, 128, (4, 2), (1, 127, 129, 31)),
+    (2, 5, 64, (4, 4), (3, 90)), (2, 24, 3072, (8, 4), (3072, 50000))], ids=str)
+def test_cached_attention_equals_eager(slots, chunk, window, heads, begin):
+    """Values and gradients, on empty, filling, full and overwritten rings."""
+    torch.manual_seed(0)
+    ring = [torch.randn(slots, window + tg.Slots.SPARE, heads[1], 64, device="cuda").bfloat16() for _ in "kv"]
+    begin = torch.tensor(begin, device="cuda")
+    inputs = [torch.randn(slots * chunk, h, 64, device="cuda").bfloat16() for h in (heads[0], heads[1], heads[1])]
+    grad, results = torch.randn(slots * chunk, heads[0], 64, device="cuda").bfloat16(), []
+    for attend, dtype in ((tg.attention_cached, torch.bfloat16), (tg.attention_cached_eager, torch.float32)):
+        mine = [x.to(dtype).requires_grad_() for x in inputs]
+        out = attend(*mine, tg.Past(*(x.to(dtype) for x in ring), begin, window))
+        results.append([out, *torch.autograd.grad(out, mine, grad.to(dtype))])
+    for fast, reference in zip(*results):
+        assert relative(fast, reference) < 5e-3
+
+
+def test_recorded_steps_give_the_same_digits(tmp_path, monkeypatch):
+    """Documents scored by replayed CUDA graphs and by plain calls: the same kernels on the same numbers."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from test_slots import Documents
+    knobs = dict(NUM_LAYERS="4", MODEL_DIM="128", NUM_HEADS="2", NUM_KV_HEADS="1", VOCAB_SIZE="64", XSA_LAST_N="4", LOOP_START="1",
+                 LOOP_END="2", PARALLEL_START_LAYER="2", EVAL_SEQ_LEN="64", EVAL_STRIDE="32", TTT_SLOTS="8", TTT_LORA_RANK="16",
+                 TTT_CHUNK_SIZE="20:4,8", VAL_BATCH_TOKENS="4096", RUN_ID="replay", ARTIFACT_DIR=str(tmp_path), PRESET="record")
+    cfg = tg.load_config(knobs, True)
+    run = tg.Run(cfg, (0, 0, 1), quiet=True)
+    model = tg.build_model(cfg, run)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    model.looping = True
+    recorded = tg.score_documents(model, Documents((50, 7, 33, 61, 18, 1, 40, 64, 300, 9, 22)), cfg, run, 0.0)
+    replay = tg.Replay.__init__
+    monkeypatch.setattr(tg.Replay, "__init__", lambda self, work, gpu, pool: replay(self, work, False, pool))
+    plain = tg.score_documents(model, Documents((50, 7, 33, 61, 18, 1, 40, 64, 300, 9, 22)), cfg, run, 0.0)
+    assert (recorded.nats == plain.nats).all()
+
+
 def test_compiled_equals_eager(run):
     """Loss and gradients of the compiled record network against the same weights run eagerly, both plans."""
     grads, scope = {}, "block"
