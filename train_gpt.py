@@ -2465,6 +2465,7 @@ def count_earlier(group: Tensor, moment: Tensor, ahead: int = 0) -> Tensor:
     """For each row, the rows of its group with a moment before its own (before its own + ahead): [N], [N] -> [N]."""
     code, stride = order_by_moment(group, moment)
     line = code.sort().values
+    # rank among all rows less the rank of the group's start: two binary searches instead of a loop over groups
     return torch.searchsorted(line, code + ahead) - torch.searchsorted(line, group * stride)
 
 
@@ -2536,7 +2537,7 @@ def context_classes(tokens: Tensor, order: int) -> Tensor:
 def expert_nats(tokens: Tensor, moment: Tensor, letters: str, vocab: int) -> Tensor:
     """-log p of every target under each expert, from counts of earlier moments: [N + 1], [N] -> [experts, N] fp64."""
     evidence = {}
-    for order in sorted({o for x in letters for o in EXPERTS[x][0]}):
+    for order in sorted({o for x in letters for o in EXPERTS[x][0]}):  # experts share the orders they count
         group = context_classes(tokens, order)
         pair = dense(group * vocab + tokens[1:])
         evidence[order] = Counts(*(n.double() for n in (count_earlier(pair, moment), count_earlier(group, moment),
@@ -2850,9 +2851,10 @@ class Scorer:
 
     def mix(self) -> None:
         """Replace the scores by the hedged mixture's: expert 0 is what was scored, the others count (MIXER)."""
+        # moments as they were booked, not as they were planned: a pass cut short by its budget mixes soundly too
         moment = torch.from_numpy(self.ledger.when.astype(np.int64)).to(self.run.device)
         nats = expert_nats(self.tokens, moment, self.cfg.mixer, self.cfg.vocab_size)
-        for at in np.linspace(0, self.val.targets - 1, 8).astype(int).tolist():
+        for at in np.linspace(0, self.val.targets - 1, 8).astype(int).tolist():  # sampled: each looks at all tokens
             for letter, row in zip(self.cfg.mixer, nats):  # the definition, over the whole vocabulary
                 p = expert_distribution(self.tokens, moment, letter, self.cfg.vocab_size, at)
                 if abs(float(p.sum()) - 1) > 1e-9:
@@ -2958,8 +2960,8 @@ class Adapter:
 
     def step(self, begin: int, end: int) -> None:
         """One step on order[begin:end]. Rows are dealt to ranks; a short one is padded and masked."""
-        width = max(self.cfg.eval_seq_len, self.cfg.ttt_batch_tokens // self.ROWS)
-        width = min(width, self.cfg.ttt_batch_tokens)
+        # as many rows on one rank as on eight: the same products in the same shapes, so the same digits
+        width = min(max(self.cfg.eval_seq_len, self.cfg.ttt_batch_tokens // self.ROWS), self.cfg.ttt_batch_tokens)
         self.optimizer.zero_grad(set_to_none=True)
         at = self.order[begin:end]
         weight = self.val.bytes[at] if self.cfg.ttt_byte_weighted else np.ones(len(at))
@@ -3010,7 +3012,10 @@ def score_adapting(model: GPT, val: ValidationSet, cfg: Config, run: Run, reserv
     """
     scorer = Scorer(model, val, cfg, run)
     chunks = group_chunks(make_windows(val.sequences, cfg.eval_seq_len, cfg.eval_stride), cfg.ttt_chunk_tokens)
-    scorer.plan_hints(np.repeat(np.arange(len(chunks)), [int((c[:, 1] - c[:, 2]).sum()) for c in chunks])[:val.targets])
+    moment = np.full(val.targets, -1, np.int32)
+    for i, chunk in enumerate(chunks):  # a chunk is a moment
+        moment[np.concatenate([np.arange(first, end) for _, end, first in chunk]).clip(0, val.targets - 1)] = i
+    scorer.plan_hints(moment)
     learning = cfg.ttt_method == "chunk"
     with deterministic(cfg), Adapter(model, val, cfg, run, scorer.ledger) as adapter:
         for i, chunk in enumerate(chunks):
@@ -3222,7 +3227,7 @@ class DocumentScorer:
         if not busy:
             return
         n = min(self.count, max(8, 1 << (busy - 1).bit_length()))  # few batch sizes: each is recorded once
-        if (n, chunk) not in self.units:
+        if (n, chunk) not in self.units:  # a recorded step is good for one shape
             inputs = torch.zeros(4, n, dtype=torch.int64, device=self.run.device)
             self.units[n, chunk] = inputs, Replay(functools.partial(self.advance, inputs, chunk), self.run.gpu, self.pool)
         inputs, unit = self.units[n, chunk]
@@ -3271,9 +3276,9 @@ class DocumentScorer:
     def learn_globally(self, adapter: Adapter) -> None:
         """Train the network itself on all documents scored so far, longest first: one epoch with a cosine (PR #1610)."""
         cfg, spans = adapter.cfg, self.val.sequences
-        spans = spans[self.scorer.ledger.when[spans[:, 1] - 1] >= 0]
+        spans = spans[self.scorer.ledger.when[spans[:, 1] - 1] >= 0]  # documents whose last token has its score
         spans = spans[np.argsort(spans[:, 0] - spans[:, 1], kind="stable")]
-        adapter.order = np.concatenate([np.arange(a, b) for a, b in spans])
+        adapter.order = np.concatenate([np.arange(a, b) for a, b in spans])  # all phases so far, again
         starts = range(0, len(adapter.order), cfg.ttt_chunk_tokens)
         compiled, self.model.run = self.model.run, call  # some hundred steps do not pay for compiling another shape
         for i, at in enumerate(starts):
@@ -3391,7 +3396,7 @@ def evaluate(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> dict[str,
         with run.clock.span("eval warm-up"):
             for name, (_, score) in passes(model, random_documents(val, cfg), cfg, run).items():
                 score(0.0)
-    results: dict[str, Score] = {}
+    results: dict[str, Score] = {}  # each pass starts from the artifact's weights: adaptation puts them back
     for name, (label, score) in passes(model, val, cfg, run).items():
         with run.clock.span(f"eval {name}"):
             results[name] = s = score(results["full"].seconds if results else 0.0)

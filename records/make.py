@@ -153,15 +153,27 @@ def seed_result(run: runs.Run, again: Repeat | None) -> dict:
 def compliance(found: list[runs.Run]) -> dict[str, bool]:
     """The de-facto flags, each computed from the runs' own figures and ledgers."""
     ledgers = all(s.verdict for r in found for s in r.scores.values())
-    biased = any(str(r.config.get("TTT_LOGIT_BIAS")) == "True" and r.config.get("TTT_METHOD") == "lora" for r in found)
+    biased = any(adapts(r) and str(r.config.get("TTT_LOGIT_BIAS")) == "True" and r.config.get("TTT_METHOD") == "lora" for r in found)
     return {"train_under_600s": all(r.train_seconds <= runs.BUDGET for r in found),
             "eval_under_600s": all(r.eval_seconds <= runs.BUDGET for r in found),
             "artifact_under_16mb": all(r.total <= runs.CAP for r in found),
             "three_seeds": len({r.seed for r in found}) >= 3,
             # the ledger raises when a token is trained on before its score, so a finished run with its line has these
             "score_first_ttt": ledgers, "single_pass": ledgers, "no_slot": ledgers, "no_pre_quant_ttt": ledgers,
-            # and it compares scores with the model's own full softmax, which a mixed-in cache would change
-            "no_ngram_cache": ledgers, "full_distribution": ledgers, "no_etlb": ledgers and not biased}
+            # and it compares scores with the full distribution that they are of
+            "full_distribution": ledgers, "no_etlb": ledgers and not biased,
+            # counts of scored text, however well normalised, are what others call an n-gram cache
+            "no_ngram_cache": ledgers and not any(map(counts_tokens, found))}
+
+
+def adapts(run: runs.Run) -> bool:
+    """Whether the run had the pass that learns from what it has scored."""
+    return str(run.config.get("TTT_ENABLED")) == "True"
+
+
+def counts_tokens(run: runs.Run) -> bool:
+    """Whether counts of scored tokens act on the distribution: the n-gram tilt or the mixer (absent in older programs)."""
+    return adapts(run) and (float(run.config.get("NGRAM_TILT_BOOST", 0)) != 0 or bool(run.config.get("MIXER")))
 
 
 def submission(found: list[runs.Run], again: dict, told: Told, code: bytes, changed: dict) -> dict:
@@ -288,6 +300,9 @@ def readme(found: list[runs.Run], told: Told, data: dict, preset: dict[str, str]
             *([n, f"{b:,}"] for n, b in sorted(largest.parts.items(), key=lambda x: -x[1])),
             ["**total**", f"**{largest.total:,}** of {runs.CAP:,}"]]),
         "## Compliance\n\n" + "\n".join(f"- {'yes' if holds else 'NO'}: `{name}`" for name, holds in data["compliance"].items())
+        + ("\n\nCounts of scored tokens act on the distribution, which stays normalised over the whole vocabulary: "
+           f"NGRAM_TILT_BOOST={first.config.get('NGRAM_TILT_BOOST')} MIXER={first.config.get('MIXER') or 'none'}."
+           if counts_tokens(first) else "")
         + "\n\n" + "\n".join(f"Ledger, seed {first.seed}, {n}: {s.verdict}.  " for n, s in first.scores.items()),
         f"## Reproduction\n\n`train_gpt.py` here is the packed file that is counted ({data['bytes_code']:,} bytes, sha256 "
         f"{data['code_sha256'][:16]}...); the readable source stands at the top of every log. {proof}\n\n"

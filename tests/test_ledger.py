@@ -15,7 +15,7 @@ from toy import one_thread, run, tg  # noqa: F401 (fixtures)
 SHAPE = dict(vocab_size=64, num_layers=3, model_dim=32, num_heads=4, num_kv_heads=2, mlp_mult=2, rope_dims=4,
              xsa_last_n=3, num_loops=1, loop_start=1, loop_end=1, parallel_start_layer=2, bigram_vocab_size=37, bigram_dim=8,
              pack_tokens=64, train_batch_tokens=256, train_seq_len=24, eval_seq_len=24, eval_stride=5, val_batch_tokens=120,
-             ttt_method="chunk", ttt_chunk_tokens=60, ttt_batch_tokens=32, ttt_lr=0.05, ttt_epochs=2)
+             ttt_method="chunk", ngram_tilt_boost=0, ttt_chunk_tokens=60, ttt_batch_tokens=32, ttt_lr=0.05, ttt_epochs=2)
 
 
 def small(**knobs):
