@@ -111,7 +111,7 @@ def knob(default, sentence: str, choices: tuple = (), low: float | None = None, 
 class RunKnobs:
     """What to do, where things lie, and how long it may take."""
     mode: str = knob("train", "what this process does", ("train", "eval", "pack", "sample", "config"))
-    preset: str = knob("", "table of overrides; empty: record with a GPU, smoke without", ("", "record", "baseline", "smoke"))
+    preset: str = knob("", "table of overrides; empty: record with a GPU, smoke without", ("", "record", "baseline", "pr413", "pr430", "pr490", "pr1880", "pr1693", "pr1855", "pr2135", "smoke"))
     run_id: str = knob("", "name of the run's files; empty: time and a random suffix")
     seed: int = knob(1337, "init and data order; two seeds share neither", low=0, high=2**32 - 1)
     deterministic: bool = knob(False, "bit-equal reruns: deterministic kernels, progress counted in steps; slower")
@@ -140,6 +140,8 @@ class DataKnobs:
     pack_tokens: int = knob(16384, "tokens in a block; blocks are what is shuffled, and no segment crosses one", low=2)
     micro_batch_tokens: int = knob(131072, "most tokens in one forward pass of a rank; memory decides", low=1)
     train_seq_len: int = knob(2048, "longest segment in training; longer documents are split", low=2)
+    loader: str = knob("shuffled", "order of blocks: permuted anew each epoch, as they lie, or strides coprime to each shard's "
+                       "length over several shards at once (PR #1880)", ("shuffled", "sequential", "coprime"))
     doc_isolation: bool = knob(True, "documents do not see each other in attention, positions and smearing")
 
 
@@ -163,10 +165,14 @@ class ModelKnobs:
     attn_gate: str = knob("sparse", "gate on each head's output: a row of GATES in room 7",
                           ("none", "scalar", "dense", "out", "sparse"))
     gate_window: int = knob(12, "leading channels that narrow gates read", low=1)
-    smear_gate: str = knob("pre", "add a gated share of the previous token's embedding, before or after the first norm",
-                           ("none", "pre", "post"))
+    smear_gate: str = knob("pre", "add a gated share of the previous token's embedding, before or after the first norm, or mix "
+                           "the two a channel at a time", ("none", "pre", "post", "channel"))
     bigram_vocab_size: int = knob(0, "rows of a hashed (previous, current) token embedding; 0: none", low=0)
-    bigram_dim: int = knob(128, "width of that table", low=1)
+    trigram_vocab_size: int = knob(0, "rows of the same for the last three tokens; 0: none", low=0)
+    bigram_dim: int = knob(128, "width of these tables", low=1)
+    ve_layers: str = knob("", "layers, like 9,10, whose values gain an embedding of their token; empty: none")
+    ve_dim: int = knob(128, "width of that embedding before it is projected to values", low=1)
+    x0_residual: bool = knob(False, "blocks end by adding a learned share of the network's input (PR #430)")
     unet_skips: str = knob("gated", "first half of the visits feeds the second, last in first out", ("none", "plain", "gated"))
     num_loops: int = knob(2, "extra passes over layers LOOP_START..LOOP_END; 0: no recurrence", low=0)
     loop_start: int = knob(3, "first layer of the loop", low=0)
@@ -197,6 +203,7 @@ class OptimKnobs:
     muon_coefficients: str = knob("polar", "Newton-Schulz coefficients: Polar Express per iteration, or one quintic",
                                   ("polar", "quintic"))
     muon_row_normalize: bool = knob(True, "give every row of the momentum unit norm before Newton-Schulz (MuonEq-R)")
+    muon_normalize_update: bool = knob(False, "give every row of the update unit norm after Newton-Schulz (PR #413)")
     muon_wd: float = knob(0.095, "decoupled decay of matrices; smaller weights also compress better", low=0)
     embed_wd: float = knob(0.085, "decay of embeddings", low=0)
     adam_wd: float = knob(0.02, "decay of vectors and scalars", low=0)
@@ -222,6 +229,10 @@ class PackKnobs:
     attn_clip_sigmas: float = knob(13.0, "clip at this many row deviations: larger is coarser and smaller", low=0.1)
     mlp_clip_sigmas: float = knob(11.5, "the same for MLP matrices", low=0.1)
     embed_clip_sigmas: float = knob(14.0, "the same for the embedding and hash tables", low=0.1)
+    gated_attn_quant_gate: bool = knob(False, "store gate matrices as int8 rows instead of fp16")
+    lqer_top_k: int = knob(0, "tensors, of largest quantisation error, that get a low-rank correction of it (LQER)", low=0)
+    lqer_rank: int = knob(4, "rank of that correction; its factors take 2 and 4 bits", low=1)
+    lqer_asym_group: int = knob(64, "weights that share a step in the second factor", low=1)
     gptq_calibration_batches: int = knob(16, "micro-batches of training data a rank gives to the Hessians", low=1)
     gptq_reserve_seconds: float = knob(-1.0, "training time kept for the Hessians; -1: measured in the warm-up", low=-1)
     compressor: str = knob("auto", "entropy coder; auto takes the smallest result section by section",
@@ -298,7 +309,50 @@ SMOKE = dict(
     iterations=160, warmup_steps=1, train_log_every=20, gptq_calibration_batches=8, ttt_chunk_tokens=16384,
     ttt_epochs=1, ttt_batch_tokens=4096, checkpoint_seconds=30.0, val_docs=150)
 
-PRESETS = {"record": {}, "baseline": BASELINE, "smoke": SMOKE}  # an empty table: the defaults are the record
+# The seed systems of the contest, each a table of what differs from the one before it that it grew out of. Counts of steps
+# are turned into fractions of the run by the number of steps that the original logged. What the originals did against the
+# contest's rules, or by mistake (notes in records/README.md), is not repeated.
+NO_EXTRAS = dict(ngram_tilt_boost=0.0, ttt_asym_logit=False, phased_ttt_num_phases=0)
+PR413 = BASELINE | NO_EXTRAS | dict(
+    # its ablation: 1,000 steps, of which a warm-down of 3,000 leaves the last third, and a momentum warm-up of 1,500 two
+    attn_gate="dense", value_residual="mix", smear_gate="channel", bigram_vocab_size=4096, train_batch_tokens=131072,
+    iterations=1000, max_wallclock_seconds=0.0, matrix_lr=0.0067, scalar_lr=0.0067, tied_embed_lr=0.0167, warmdown_frac=1.0,
+    muon_momentum=0.967, muon_momentum_warmup_start=0.92, muon_momentum_warmup_frac=1.0, muon_normalize_update=True,
+    muon_wd=0.04, embed_wd=0.04, adam_wd=0.04, grad_clip_norm=0.3, matrix_bits=6, attn_clip_sigmas=4.0, mlp_clip_sigmas=4.0,
+    compressor="auto", sliding_window_enabled=True, eval_stride=128, ttt_enabled=True, ttt_method="none", mixer="p")
+PR430 = PR413 | dict(
+    num_layers=11, num_kv_heads=8, mlp_mult=3.5, mlp_act="leaky_relu2", train_seq_len=2048, eval_seq_len=2048, xsa_last_n=11,
+    rope_dims=16, rope_base=22082.0,  # NTK: 10,000 * 2^(16/14) for twice the length it was built for
+    ln_scale=True, attn_gate="scalar", value_residual="none", x0_residual=True, ve_layers="9,10", bigram_vocab_size=6144,
+    train_batch_tokens=786432, iterations=20000, max_wallclock_seconds=600.0, matrix_lr=0.025, scalar_lr=0.025,
+    tied_embed_lr=0.035, warmdown_frac=0.62, muon_momentum=0.99, muon_momentum_warmup_frac=0.265, muon_normalize_update=False,
+    average="ema", ema_decay=0.997, quantizer="gptq", matrix_bits=5, eval_stride=64, ttt_method="chunk", ttt_optimizer="adamw",
+    ttt_lr=5e-4, ttt_params="last", ttt_polyak=0.998, ttt_byte_weighted=True, mixer="ubt")
+PR490 = PR430 | dict(
+    num_kv_heads=4, mlp_mult=3.0, xsa_last_n=0, rope_dims=0, rope_base=20449.0,  # NTK again: 2^(64/62)
+    ln_scale=False, attn_gate="dense", value_residual="mix", x0_residual=False, ve_layers="", bigram_vocab_size=4096,
+    warmdown_frac=0.2, muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_frac=0.083, matrix_bits=6,
+    ttt_lr=1e-4, ttt_chunk_tokens=131072, ttt_polyak=0.0, ttt_byte_weighted=False, mixer="")
+PR1880 = NO_EXTRAS | dict(
+    logit_softcap=15.0, attn_gate="out", smear_gate="post", parallel_residual="one", parallel_start_layer=7, loader="coprime",
+    doc_isolation=False, matrix_lr=0.022, muon_momentum=0.99, muon_momentum_warmup_frac=0.337, muon_coefficients="quintic",
+    beta2=0.95, warmdown_frac=0.72, min_lr=0.0, ema_decay=0.9965, attn_clip_sigmas=12.85, mlp_clip_sigmas=12.85, embed_bits=8,
+    embed_clip_sigmas=20.0, gptq_calibration_batches=64, eval_seq_len=2048, ttt_method="chunk")
+PR1693 = NO_EXTRAS | dict(
+    attn_gate="out", smear_gate="post", muon_momentum_warmup_frac=0.306, muon_coefficients="quintic", beta2=0.95,
+    warmdown_frac=0.75, min_lr=0.0, ema_decay=0.9965, mlp_clip_sigmas=12.0, embed_clip_sigmas=15.0, eval_seq_len=2048,
+    ttt_chunk_size="48", ttt_lora_sites="qkvomh", ttt_lora_rank=96, ttt_lora_alpha=96.0, ttt_beta2=0.999,
+    ttt_warm_start_a=False, phased_ttt_num_phases=3, phased_ttt_prefix_docs=2000)
+PR1855 = NO_EXTRAS | dict(
+    ema_decay=0.9965, gated_attn_quant_gate=True, lqer_top_k=3, eval_seq_len=2048, ttt_chunk_size="48", ttt_lora_sites="qkvomh",
+    phased_ttt_num_phases=3, phased_ttt_prefix_docs=2500)
+PR2135 = dict(
+    matrix_lr=0.028, ema_decay=0.9965, lqer_top_k=3, lqer_asym_group=32, gptq_calibration_batches=32, eval_seq_len=2560,
+    ttt_chunk_size="48", ttt_lora_lr=8e-5, ttt_weight_decay=2.0, phased_ttt_prefix_docs=2500)
+
+# An empty table: the defaults are the record.
+PRESETS = {"record": {}, "baseline": BASELINE, "pr413": PR413, "pr430": PR430, "pr490": PR490, "pr1880": PR1880,
+           "pr1693": PR1693, "pr1855": PR1855, "pr2135": PR2135, "smoke": SMOKE}
 
 # Names that other scripts of the contest use for a knob that is here under its later spelling.
 RENAMED = {
@@ -371,6 +425,13 @@ class Config(PackKnobs, OptimKnobs, ModelKnobs, DataKnobs, RunKnobs):
         if rows != sorted(rows) or not all(size for _, size in rows):
             raise wrong
         return rows
+
+    @property
+    def value_layers(self) -> set[int]:
+        """VE_LAYERS as a set; ConfigError if it is no list of numbers."""
+        if not re.fullmatch(r"(\d+(,\d+)*)?", self.ve_layers):
+            raise ConfigError(f"VE_LAYERS={self.ve_layers}: layers like 9,10")
+        return {int(x) for x in self.ve_layers.split(",") if x}
 
     def as_dict(self) -> dict:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -483,6 +544,9 @@ def validate(cfg: Config, world: int) -> None:
         (bool(d.ttt_chunks), "TTT_CHUNK_SIZE", "must not be empty"),
         (set(d.mixer) <= set("ubtp") and len(set(d.mixer)) == len(d.mixer), "MIXER", "letters of u b t p, each once"),
         (d.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE", "at least 2: one row is for tokens without a predecessor"),
+        (d.trigram_vocab_size != 1, "TRIGRAM_VOCAB_SIZE", "at least 2: one row is for tokens without predecessors"),
+        (d.value_layers <= set(range(d.num_layers)), "VE_LAYERS", f"layers below NUM_LAYERS={d.num_layers}"),
+        (not d.x0_residual or d.parallel_residual != "two", "X0_RESIDUAL", "two lanes have no single end of a block"),
         (d.gate_window <= d.model_dim, "GATE_WINDOW", f"at most MODEL_DIM={d.model_dim}"),
         (not d.deterministic or d.iterations < 20000 or d.mode != "train", "ITERATIONS",
          "DETERMINISTIC=1 counts progress in steps: say how many"),
@@ -887,6 +951,36 @@ def make_batch(ids: np.ndarray, targets: np.ndarray, cu: np.ndarray, longest: in
     return Batch(*run.place(rows), longest)
 
 
+def coprime_order(counts: list[int], per_step: int, rng: np.random.Generator) -> np.ndarray:
+    """Every block once, each step drawn from many shards: within a shard in strides coprime to its length (PR #1880).
+
+    Shards are drawn in proportion to remaining^w, with w falling from .9 to .5 over 1,800 steps, so that the data of a step
+    become more even; the original's table of shards a step is left out. counts: blocks a shard.
+    """
+    starts, left = np.cumsum([0, *counts])[:-1], np.array(counts)
+    walks = []
+    for n in counts:
+        strides = [k for k in range(1, n + 1) if math.gcd(k, n) == 1]
+        walks.append((int(rng.integers(n)) + int(rng.choice(strides)) * np.arange(n)) % n if n else np.empty(0, int))
+    order = []
+    for step in range(-(-sum(counts) // per_step)):
+        weight = np.where(left > 0, left, 1) ** (0.9 - 0.4 * min(step / 1800, 1)) * (left > 0)
+        take = np.minimum(rng.multinomial(per_step, weight / weight.sum()), left)
+        while take.sum() < min(per_step, left.sum()):  # what small shards could not give
+            take += rng.multivariate_hypergeometric(left - take, 1)
+        drawn = np.concatenate([start + walk[n - l:n - l + t] for start, walk, n, l, t in zip(starts, walks, counts, left, take)])
+        order.append(rng.permutation(drawn))
+        left = left - take
+    return np.concatenate(order)
+
+
+def block_order(cfg: Config, counts: list[int], rng: np.random.Generator) -> np.ndarray:
+    """The blocks of one epoch, each once (LOADER)."""
+    if cfg.loader == "coprime":
+        return coprime_order(counts, cfg.blocks_per_batch, rng)
+    return rng.permutation(sum(counts)) if cfg.loader == "shuffled" else np.arange(sum(counts))
+
+
 def micro_blocks(cfg: Config, world: int) -> int:
     """Blocks in one forward pass: the most that memory allows and that divide a rank's share of the batch."""
     share, most = cfg.blocks_per_batch // world, cfg.micro_batch_tokens // cfg.pack_tokens
@@ -900,7 +994,7 @@ class TrainStream:
         self.cfg, self.run, self.shards = cfg, run, find_shards(cfg.dataset, "train")
         self.pack, self.per_step = cfg.pack_tokens, cfg.blocks_per_batch
         counts = [(len(s) - 1) // self.pack for s in self.shards]  # one token more is the last target
-        self.ends = np.cumsum(counts)  # block index -> shard by binary search
+        self.counts, self.ends = counts, np.cumsum(counts)  # block index -> shard by binary search
         self.tokens = sum(len(s) for s in self.shards)
         if self.ends[-1] < 1:
             raise SystemExit(f"{cfg.dataset} holds {self.tokens} training tokens, fewer than PACK_TOKENS={self.pack}")
@@ -937,7 +1031,7 @@ class TrainStream:
         epoch, at = divmod(place, int(self.ends[-1]))  # every block once before any comes again
         if self.order[0] != epoch:
             rng = np.random.Generator(np.random.PCG64([self.cfg.seed, epoch]))  # stable across numpy versions
-            self.order = epoch, rng.permutation(int(self.ends[-1]))
+            self.order = epoch, block_order(self.cfg, self.counts, rng)
         return self.block(int(self.order[1][at]))
 
     def make(self, step: int) -> list[Batch]:
@@ -1515,6 +1609,12 @@ class ValueMix(nn.Module):
         return v + torch.sigmoid(self.alpha).to(v.dtype) * v0
 
 
+class Values(NamedTuple):
+    """What other places contribute to a visit's values: the first visit's [T, K, E], an embedding of the tokens [T, K E]."""
+    first: Tensor | None = None
+    embedded: Tensor | None = None
+
+
 class Attention(nn.Module):
     """Grouped-query causal attention over segments, with normalised queries and keys."""
 
@@ -1529,16 +1629,19 @@ class Attention(nn.Module):
                      if cfg.attn_gate != "none" else None)
         self.value_mix = ValueMix(cfg.value_residual) if cfg.value_residual != "none" and layer > 0 else None
         self.gives_values = cfg.value_residual != "none" and layer == 0
+        self.value_scale = nn.Parameter(torch.empty(1)) if layer in cfg.value_layers else None
         self.attend = attend  # the backend; chosen once, in room 6
 
-    def forward(self, x: Tensor, v0: Tensor | None, rope: tuple, cu: Tensor, longest: int, lora: VisitAdapters,
+    def forward(self, x: Tensor, values: Values, rope: tuple, cu: Tensor, longest: int, lora: VisitAdapters,
                 past: Past | None) -> tuple[Tensor, tuple]:
         """x [T, D] -> (output [T, D], what others want of it: (values for later layers, keys, values for the cache))."""
         qkv = self.qkv(x).unflatten(-1, (sum(self.heads), -1)).split(self.heads, 1)  # [T, H + 2K, E] in its three parts
         q, k, v = (corrected(y.flatten(1), x, pair).unflatten(1, (n, -1)) for y, n, pair in zip(qkv, self.heads, lora[:3]))
         # before attention and XSA, so that both use one v
+        if self.value_scale is not None:
+            v = v + self.value_scale.to(v.dtype) * values.embedded.view_as(v)
         if self.value_mix is not None:
-            v = self.value_mix(v, v0)
+            v = self.value_mix(v, values.first)
         q = rotate(norm(q), rope) * self.q_gain.to(x.dtype)[:, None]
         k = rotate(norm(k), rope)
         y = self.attend(q, k, v, cu, longest) if past is None else attention_cached(q, k, v, past)
@@ -1576,17 +1679,18 @@ class Block(nn.Module):
         depth_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
         self.register_buffer("depth_scale", torch.tensor(depth_scale), persistent=False)
         self.abreast = cfg.parallel_residual == "one" and layer >= cfg.parallel_start_layer
+        self.x0_scale = nn.Parameter(torch.empty(1)) if cfg.x0_residual else None
 
-    def forward(self, x: Tensor, lane: Tensor | None, x0: Tensor, v0: Tensor | None, rope: tuple, cu: Tensor,
+    def forward(self, x: Tensor, lane: Tensor | None, x0: Tensor, values: Values, rope: tuple, cu: Tensor,
                 longest: int, mix: tuple[Tensor, Tensor] | None, lora: VisitAdapters = VisitAdapters(),
                 past: Past | None = None) -> tuple[Tensor, Tensor | None, tuple]:
-        """Stream x [T, D], second lane or None, input x0, first values v0; mix = (resid [2], post [2, 2]) with lanes.
+        """Stream x [T, D], second lane or None, input x0, others' values; mix = (resid [2], post [2, 2]) with lanes.
 
         Returns the new stream, the new second lane and what attention keeps. (Two lanes: PR #1204.)
         """
         kept, fresh = self.resid_mix.to(x.dtype)  # starts as (1, 0): the stream alone
         base = kept * x + fresh * x0  # every block may reach back to the input
-        a, keeps = self.attn(norm(base) * self.depth_scale, v0, rope, cu, longest, lora, past)
+        a, keeps = self.attn(norm(base) * self.depth_scale, values, rope, cu, longest, lora, past)
         a = self.attn_scale.to(x.dtype) * a
         if mix is not None:
             lane = x if lane is None else lane  # the first such visit splits the stream
@@ -1594,10 +1698,9 @@ class Block(nn.Module):
             resid, post = mix[0].to(x.dtype), mix[1].to(x.dtype)
             return (resid[0] * x + post[0, 0] * a + post[0, 1] * b,
                     resid[1] * lane + post[1, 0] * a + post[1, 1] * b, keeps)
-        if self.abreast:
-            return base + a + self.mlp_out(base, lora), None, keeps
         x = base + a
-        return x + self.mlp_out(x, lora), None, keeps
+        x = x + self.mlp_out(base if self.abreast else x, lora)
+        return x if self.x0_scale is None else x + self.x0_scale.to(x.dtype) * x0, None, keeps
 
     def mlp_out(self, x: Tensor, lora: VisitAdapters) -> Tensor:
         return self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * self.depth_scale, lora.mlp)
@@ -1630,21 +1733,39 @@ def layer_plan(cfg: Config, looping: bool) -> list[Visit]:
                   lanes and i >= half and layer >= cfg.parallel_start_layer) for i, layer in enumerate(order)]
 
 
-class BigramHash(nn.Module):
-    """An embedding of the hashed pair (previous, current) token; keys are inputs only, never the target (PR #374)."""
+class NgramHash(nn.Module):
+    """An embedding of the hashed last two or three tokens; keys are inputs only, never the target (PR #374, #486)."""
+    FACTORS = 36313, 27191, 51497  # the constants of every script of the field, current token first
 
-    def __init__(self, rows: int, width: int, dim: int):
+    def __init__(self, order: int, rows: int, width: int, dim: int):
         super().__init__()
+        self.order = order
         self.table, self.proj = nn.Embedding(rows, width), Linear(dim, width)
         self.scale = nn.Parameter(torch.empty(1))
 
     def forward(self, ids: Tensor, pos: Tensor, dtype: torch.dtype) -> Tensor:
         """ids [T], pos [T] -> [T, D]."""
-        rows = self.table.num_embeddings
-        mixed = (36313 * ids) ^ (27191 * ids.roll(1))  # the constants of every script of the field
+        rows, mixed = self.table.num_embeddings, self.FACTORS[0] * ids
+        for back in range(1, self.order):
+            mixed = mixed ^ (self.FACTORS[back] * ids.roll(back))
         wrapped = (mixed + 2 ** 31) % 2 ** 32 - 2 ** 31  # int32 wrap-around, as the field's scripts hash
-        bucket = torch.where(pos > 0, wrapped.remainder(rows - 1), rows - 1)  # a segment's first token has no pair
+        whole = pos >= self.order - 1  # a segment's first tokens have no pair or triple
+        bucket = torch.where(whole, wrapped.remainder(rows - 1), rows - 1)
         return self.scale.to(dtype) * self.proj(self.table(bucket).to(dtype))
+
+
+class ValueEmbedding(nn.Module):
+    """One embedding of the tokens for the values of several layers (VE128 of PR #414, #430)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.table = nn.Embedding(cfg.vocab_size, cfg.ve_dim)
+        self.proj = Linear(cfg.num_kv_heads * cfg.head_dim, cfg.ve_dim)
+        self.scale = nn.Parameter(torch.empty(1))
+
+    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """ids [T] -> [T, K E]."""
+        return self.scale.to(dtype) * self.proj(self.table(ids).to(dtype))
 
 
 class Smear(nn.Module):
@@ -1659,6 +1780,17 @@ class Smear(nn.Module):
         gate = self.scale.to(x.dtype) * torch.sigmoid(F.linear(x[:, :w.shape[1]], w))
         gate = gate * ((pos > 0) & (ids != BOS))[:, None]  # a document's first token has no predecessor
         return x + gate * x.roll(1, 0)  # row 0 rolls in the last token, and is masked
+
+
+class ChannelSmear(nn.Module):
+    """x_t <- lerp(x_t, x_{t-1}, sigmoid(g)), a gate a channel; no identity at the start (PR #413's SmearGate)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gate = nn.Parameter(torch.empty(dim))
+
+    def forward(self, x: Tensor, ids: Tensor, pos: Tensor) -> Tensor:
+        return torch.lerp(x, x.roll(1, 0) * (pos > 0)[:, None], torch.sigmoid(self.gate).to(x.dtype))
 
 
 class Memory(NamedTuple):
@@ -1684,16 +1816,19 @@ class InputEmbedding(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim)
-        self.bigram = (BigramHash(cfg.bigram_vocab_size, cfg.bigram_dim, cfg.model_dim)
-                       if cfg.bigram_vocab_size else None)
+        self.bigram = NgramHash(2, cfg.bigram_vocab_size, cfg.bigram_dim, cfg.model_dim) if cfg.bigram_vocab_size else None
+        self.trigram = NgramHash(3, cfg.trigram_vocab_size, cfg.bigram_dim, cfg.model_dim) if cfg.trigram_vocab_size else None
         self.smear_before = Smear(cfg.gate_window) if cfg.smear_gate == "pre" else None
-        self.smear_after = Smear(cfg.gate_window) if cfg.smear_gate == "post" else None
+        after = {"post": lambda: Smear(cfg.gate_window), "channel": lambda: ChannelSmear(cfg.model_dim)}
+        self.smear_after = after[cfg.smear_gate]() if cfg.smear_gate in after else None
 
     def forward(self, ids: Tensor, pos: Tensor) -> Tensor:
         """ids [T], pos [T] -> x0 [T, D]."""
         x = self.tok_emb(ids).to(self.dtype)
         if self.bigram is not None:
             x = x + self.bigram(ids, pos, self.dtype)
+        if self.trigram is not None:
+            x = x + self.trigram(ids, pos, self.dtype)
         if self.smear_before is not None:
             x = self.smear_before(x, ids, pos)
         x = norm(x)  # embeddings are tiny at the start
@@ -1747,6 +1882,7 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, attend: Callable = attention_sdpa, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.input = InputEmbedding(cfg, dtype)
+        self.value_embedding = ValueEmbedding(cfg) if cfg.value_layers else None
         self.rotary = Rotary(cfg.rotary_dims, cfg.rope_base)
         self.blocks = nn.ModuleList(Block(cfg, i, attend) for i in range(cfg.num_layers))
         self.plans = layer_plan(cfg, False), layer_plan(cfg, True)
@@ -1769,17 +1905,18 @@ class GPT(nn.Module):
         run = self.run if memory is None else call  # rows of slots come in many shapes, and are replayed instead
         x0 = x = run(self.input, ids, pos)  # kept: every block mixes it in again
         if memory is not None:
-            x0, pos = memory.drop_lead(x0), memory.drop_lead(pos)
+            x0, pos, ids = memory.drop_lead(x0), memory.drop_lead(pos), memory.drop_lead(ids)
             x = x0
-        rope, lane, v0, stack = self.rotary(pos), None, None, []
+        embedded = run(self.value_embedding, ids, x.dtype) if self.value_embedding is not None else None
+        rope, lane, values, stack = self.rotary(pos), None, Values(None, embedded), []
         for i, visit in enumerate(self.plans[self.looping]):
             if visit.skip is not None:
                 gate = self.skip.gates[visit.skip] if self.skip.gates is not None else None
                 x = run(self.skip, x, stack.pop(), self.skip.weights[visit.skip], gate)
             mix = (self.lane_resid[visit.layer], self.lane_post[visit.layer]) if visit.lanes else None
             lora, past = (memory.lora[i], memory.past[i]) if memory is not None else (VisitAdapters(), None)
-            x, lane, keeps = run(self.blocks[visit.layer], x, lane, x0, v0, rope, cu, longest, mix, lora, past)
-            v0 = keeps[0] if v0 is None else v0  # the first visit's values, for all
+            x, lane, keeps = run(self.blocks[visit.layer], x, lane, x0, values, rope, cu, longest, mix, lora, past)
+            values = values._replace(first=keeps[0]) if values.first is None else values  # the first visit's, for all
             if memory is not None:
                 memory.kept.append(keeps[1:])
             if visit.push:
@@ -1851,17 +1988,24 @@ def parameter_table(cfg: Config) -> list[Row]:
         Row(r"input\.tok_emb\.weight", normal(cfg.tied_embed_init_std), "embed", "embed",
             sees="head" if cfg.tie_embeddings else "none"),
         Row(r"head\.weight", zero, "head", "embed"),
-        Row(r"input\.bigram\.table\.weight", zero, "embed", "table"),
+        Row(r"input\.\w+gram\.table\.weight", zero, "embed", "table"),
         # not zero: a zero table behind a zero projection would never receive a gradient
-        Row(r"input\.bigram\.proj\.weight", orthogonal, "matrix", "attn"),
-        Row(r"input\.bigram\.scale", constant(0.05)),
+        Row(r"input\.\w+gram\.proj\.weight", orthogonal, "matrix", "attn"),
+        Row(r"input\.\w+gram\.scale", constant(0.05)),
+        Row(r"value_embedding\.table\.weight", normal(0.01), "embed", "table"),
+        Row(r"value_embedding\.proj\.weight", orthogonal, "matrix", "attn"),
+        Row(r"value_embedding\.scale", constant(0.1)),
+        Row(r"blocks\.\d+\.attn\.value_scale", one),
+        Row(r"blocks\.\d+\.x0_scale", zero),
+        Row(r"input\.smear_after\.gate", zero),
         Row(r"input\.smear_\w+\.(weight|scale)", zero),
         Row(r"blocks\.\d+\.attn\.qkv\.weight", orthogonal, "matrix", "attn", split=heads),
         Row(r"blocks\.\d+\.attn\.o\.weight", zero, "matrix", "attn"),
         Row(r"blocks\.\d+\.mlp\.up\.weight", orthogonal, "matrix", "mlp"),
         Row(r"blocks\.\d+\.mlp\.down\.weight", zero, "matrix", "mlp"),
         Row(r"blocks\.\d+\.attn\.q_gain", constant(cfg.qk_gain_init)),
-        Row(r"blocks\.\d+\.attn\.gate\.weight", zero),  # two dimensions, but not a matrix for Muon
+        # two dimensions, but not a matrix for Muon
+        Row(r"blocks\.\d+\.attn\.gate\.weight", zero, quant="gate" if cfg.gated_attn_quant_gate else "keep"),
         Row(r"blocks\.\d+\.attn\.gate\.bias", constant(gate_bias or 0)),
         Row(r"blocks\.\d+\.attn\.value_mix\.lambdas", constant(0.5)),
         Row(r"blocks\.\d+\.attn\.value_mix\.alpha", zero),
@@ -2017,6 +2161,8 @@ class Muon:
             if self.cfg.muon_row_normalize:
                 u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)  # only directions of rows count from here on
             u = orthogonalize(u, self.coefficients)
+            if self.cfg.muon_normalize_update:
+                u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
             if self.run.world > 1:
                 full = u.new_empty(u.shape[0] * self.run.world, rows, cols)
                 dist.all_gather_into_tensor(full, u.contiguous())
@@ -2024,7 +2170,8 @@ class Muon:
             weights = [p.data[at:at + n] for p, at, n in members]
             torch._foreach_mul_(weights, 1 - lr * self.cfg.muon_wd)  # decay first, decoupled from the gradient
             updates = [x.to(weights[0].dtype) for x in u[:len(weights)].unbind(0)]
-            torch._foreach_add_(weights, updates, alpha=-lr * math.sqrt(max(1.0, rows / cols)))
+            shape = 1.0 if self.cfg.muon_normalize_update else math.sqrt(max(1.0, rows / cols))  # unit rows have one length
+            torch._foreach_add_(weights, updates, alpha=-lr * shape)
 
 
 class Optimizers:
@@ -2140,7 +2287,8 @@ def quantized_rows(model: nn.Module, cfg: Config) -> dict[str, Row]:
 def quant_spec(cfg: Config, kind: str) -> tuple[int, float]:
     """(qmax, clip in row standard deviations) of a quantiser column of the parameter table."""
     bits, sigmas = {"attn": (cfg.matrix_bits, cfg.attn_clip_sigmas), "mlp": (cfg.matrix_bits, cfg.mlp_clip_sigmas),
-                    "embed": (cfg.embed_bits, cfg.embed_clip_sigmas), "table": (cfg.embed_bits, cfg.embed_clip_sigmas)}[kind]
+                    "embed": (cfg.embed_bits, cfg.embed_clip_sigmas), "table": (cfg.embed_bits, cfg.embed_clip_sigmas),
+                    "gate": (8, 4.0)}[kind]
     return 2 ** (bits - 1) - 1, sigmas
 
 
@@ -2222,6 +2370,15 @@ def gptq(w: Tensor, f: Factored, step: Tensor, qmax: int) -> Tensor:
     return torch.take_along_dim(q, f.order.argsort(1)[:, None], 2).to(torch.int8)
 
 
+LOW_A, LOW_B = "#a", "#b"  # suffixes of a tensor's correction: [1, R rank] and [rank C / group, group]
+
+
+def to_range(x: Tensor, low: int, high: int) -> Quantized:
+    """Round rows to integers in [low, high]; the largest magnitude lands half a step beyond `high`'s."""
+    step = (x.abs().amax(-1) / (high + 0.5)).clamp_min(1e-7).half()
+    return Quantized((x / step.float()[:, None]).round().clamp(low, high).to(torch.int8), step)
+
+
 class Quantizer:
     """Holds weights and factored Hessians, so that a search over step sizes pays for factoring once."""
 
@@ -2252,6 +2409,8 @@ class Quantizer:
             qmax, sigmas = quant_spec(self.cfg, kind)
             # SDClip: a fixed entropy a row, whatever its outliers
             step = (coarser * sigmas / qmax * w.float().std(-1)).clamp_min(1e-7).half()
+            if kind == "gate":  # a row of a dozen weights is clipped nowhere, and never coarsened
+                step = (w.float().abs().amax(-1) / qmax).clamp_min(1e-7).half()
             q = (gptq(w, factors, step.float(), qmax) if factors is not None else
                  (w / step.float()[..., None]).round().clamp(-qmax, qmax).to(torch.int8))
             out |= {n: Quantized(q[i], step[i]) for i, n in enumerate(names)}
@@ -2259,7 +2418,21 @@ class Quantizer:
                 e = w - q * step.float()[..., None]
                 wrong[kind] = wrong.get(kind, 0.0) + float(((e @ h) * e).sum())
                 total[kind] = total.get(kind, 0.0) + float(((w @ h) * w).sum())
-        return out, {k: wrong[k] / max(total[k], 1e-30) for k in wrong}
+        return out | self.corrections(out), {k: wrong[k] / max(total[k], 1e-30) for k in wrong}
+
+    def corrections(self, out: dict[str, Quantized]) -> dict[str, Quantized]:
+        """LQER: the largest errors W - Q (Frobenius) as a b of low rank; a in 2 bits, b in 4 (arXiv 2402.02446, PR #1797)."""
+        if not self.cfg.lqer_top_k:
+            return {}
+        errors = {n: w[i].float() - out[n].dense() for _, names, w, _, _ in self.batches for i, n in enumerate(names)}
+        worst = sorted(errors, key=lambda n: (-float(errors[n].norm()), n))[:self.cfg.lqer_top_k]
+        made = {}
+        for n in worst:
+            u, s, v = torch.linalg.svd(errors[n], full_matrices=False)
+            rank, group = min(self.cfg.lqer_rank, len(s)), math.gcd(v.shape[1], self.cfg.lqer_asym_group)
+            made[n + LOW_A] = to_range((u * s)[:, :rank].reshape(1, -1), -2, 1)
+            made[n + LOW_B] = to_range(v[:rank].reshape(-1, group), -8, 7)
+        return made
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2356,6 +2529,9 @@ def read_artifact(data: bytes) -> tuple[dict, dict[str, Tensor]]:
     for (n, shape), data in zip(manifest["integers"].items(), sections[2:]):
         q = torch.from_numpy(np.frombuffer(data, np.int8).reshape(shape).copy())
         weights[n] = Quantized(q, weights[n]).dense()
+    for n in [n.removesuffix(LOW_A) for n in weights if n.endswith(LOW_A)]:
+        a, b = weights.pop(n + LOW_A).view(len(weights[n]), -1), weights.pop(n + LOW_B).view(-1, weights[n].shape[1])
+        weights[n] = weights[n] + a @ b
     return manifest, weights
 
 
@@ -3196,7 +3372,7 @@ class DocumentScorer:
         self.nll = torch.zeros(val.targets + 1, device=run.device)  # the last cell takes what padding would write
         # casting every matrix at every visit would be a fifth of a small step
         self.copies = [torch.empty_like(p, dtype=run.dtype if p.numel() > 2 ** 16 else p.dtype) for p in model.parameters()]
-        self.lead = 2  # a pair hash and a smear look back two tokens
+        self.lead = 3  # a smear looks back one token, and that one's triple hash two more
         self.done, self.units, self.pool = 0, {}, torch.cuda.graph_pool_handle() if run.gpu else None
 
     def run_stage(self, stage: Stage, give_up: Callable[[], bool]) -> bool:

@@ -127,13 +127,13 @@ def smear_the_next(self, x, ids, pos):
     return x + self.scale * x.roll(-1, 0) * (pos < pos.roll(-1))[:, None]
 
 
-def pair_everything(self, ids, pos, dtype, forward=tg.BigramHash.forward):
+def pair_everything(self, ids, pos, dtype, forward=tg.NgramHash.forward):
     return forward(self, ids, torch.ones_like(pos), dtype)
 
 
 @pytest.mark.parametrize("planted", [
     dict(attend=whole_row), dict(attend=both_ways), dict(owner=tg.Smear, forward=smear_everything),
-    dict(owner=tg.Smear, forward=smear_the_next), dict(owner=tg.BigramHash, forward=pair_everything),
+    dict(owner=tg.Smear, forward=smear_the_next), dict(owner=tg.NgramHash, forward=pair_everything),
 ], ids=["no segments", "not causal", "smear unmasked", "smear backwards", "bigram over a border"])
 def test_a_planted_leak_is_found(planted, run, monkeypatch):
     if "owner" in planted:
@@ -308,7 +308,7 @@ def test_hash_embedding_is_alive_from_the_first_step(run):
 
 def test_hash_wraps_like_32_bit_integers(run):
     """The bucket of a pair as the field's scripts compute it, with tokens large enough to overflow."""
-    model = tg.BigramHash(1000, 4, 4)
+    model = tg.NgramHash(2, 1000, 4, 4)
     ids = torch.tensor([65535, 64000, 3, 65535])
     with torch.no_grad():
         model.table.weight.copy_(torch.arange(1000.)[:, None].expand(-1, 4))
