@@ -406,12 +406,18 @@ def command(f: Folder) -> str:
 
 @lru_cache(64)
 def preset_of(source: str, name: str) -> dict[str, str]:
-    """A preset's overrides, from the program's table NAME = dict(knob=value, ...)."""
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and isinstance(node.targets[0], ast.Name) \
-                and node.targets[0].id == name.upper():
-            return {k.arg.upper(): str(ast.literal_eval(k.value)) for k in node.value.keywords}
-    return {}
+    """A preset's overrides, from the program's tables: NAME = dict(knob=value, ...), or such tables joined by |."""
+    tables = {n.targets[0].id: n.value for n in ast.parse(source).body
+              if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)}
+
+    def read(node) -> dict[str, str]:
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+            return {**read(node.left), **read(node.right)}
+        if isinstance(node, ast.Name):
+            return read(tables.get(node.id))
+        return {k.arg.upper(): str(ast.literal_eval(k.value)) for k in node.keywords} if isinstance(node, ast.Call) else {}
+
+    return read(tables.get(name.upper()))
 
 
 def same_value(a: str, b: str) -> bool:

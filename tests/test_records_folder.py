@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, trainer
 from records_lab import RECORDS, environment, train, train_seeds, world
 
 import check
@@ -324,6 +324,17 @@ def test_faults_are_enough_and_reach_most_rules():
     assert len(FAULTS) >= 20
     # for these it takes the timed track, or a file that is not there at all (tested below)
     assert {name for _, name, _ in check.RULES} - reached == {"files", "margin", "hardware", "offline", "disjoint"}
+
+
+def test_presets_are_read_from_the_programs_tables():
+    source = "A = dict(x=1, y='b')\nB = A | C | dict(y='c', z=0.5)\nC = dict(x=2)\n"
+    assert check.preset_of(source, "b") == {"X": "2", "Y": "c", "Z": "0.5"} and check.preset_of(source, "record") == {}
+
+
+def test_every_preset_is_read_as_the_program_resolves_it():
+    program = trainer()
+    for name, table in program.PRESETS.items():
+        assert check.preset_of(program.SOURCE, name) == {k.upper(): str(v) for k, v in table.items()}, name
 
 
 def test_missing_files_are_named(copy):
