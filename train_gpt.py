@@ -542,6 +542,7 @@ def validate(cfg: Config, world: int) -> None:
         (d.eval_seq_len <= d.val_batch_tokens, "VAL_BATCH_TOKENS", f"must hold one window of EVAL_SEQ_LEN={d.eval_seq_len}"),
         (set(d.ttt_lora_sites) <= set("qkvomh"), "TTT_LORA_SITES", "letters of q k v o m h"),
         (bool(d.ttt_chunks), "TTT_CHUNK_SIZE", "must not be empty"),
+        (d.logit_softcap > 0 or not d.ttt_asym_logit, "TTT_ASYM_LOGIT", "adapts softcaps, but LOGIT_SOFTCAP=0: set it to 0 too"),
         (set(d.mixer) <= set("ubtp") and len(set(d.mixer)) == len(d.mixer), "MIXER", "letters of u b t p, each once"),
         (d.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE", "at least 2: one row is for tokens without a predecessor"),
         (d.trigram_vocab_size != 1, "TRIGRAM_VOCAB_SIZE", "at least 2: one row is for tokens without predecessors"),
@@ -660,6 +661,7 @@ class Run:
         self.clock = Clock(torch.cuda.synchronize if HAVE["cuda"] else lambda: None)
         self.files = []
         self.failures: list[str] = []  # broken rules that did not stop the run; the last line and exit status tell
+        self.caveats: list[str] = []  # what the verdict must say though no rule of the run was broken
         self.connect()
         self.settle(cfg)
 
@@ -705,7 +707,8 @@ class Run:
             self.files[0].write(line + "\n")
         changed = [line[2:] for line in cfg.describe() if line[0] == "*"]
         self.log(f"not the record's default: {' '.join(changed) or 'none'}")
-        self.event("config", recipe=cfg.recipe_hash(), source=sha256(SOURCE.encode()), world=self.world, **cfg.as_dict())
+        self.event("config", recipe=cfg.recipe_hash(), source=sha256(SOURCE.encode()), world=self.world, versions=versions,
+                   device=device, **cfg.as_dict())
 
     def path(self, suffix: str) -> Path:
         return self.folder / f"{self.id}{suffix}"
@@ -864,6 +867,19 @@ class Tokenizer:
         before, target = tokens[:-1], tokens[1:]
         return self.base_V[target] + (self.space_V[target] & ~self.edge_V[before])
 
+    def check_sidecar(self, tokens: np.ndarray, sizes: np.ndarray) -> str:
+        """Compare a byte sidecar [N] with the table on tokens [N]; SystemExit if a token with text of its own differs.
+
+        Case operators (private-use pieces, PR #1729) stand for no bytes, or for themselves where the text held one: only there
+        may the two differ. The table alone would count them as text and flatter the score by 9 % (#2138).
+        """
+        operator = np.array([len(p) == 1 and "\ue000" <= p <= "\uf8ff" for p in map(self.sp.id_to_piece, range(self.sp.vocab_size()))])
+        wrong = (sizes[1:] != self.count_bytes(tokens)) & ~operator[tokens[1:]]
+        if wrong.any() or sizes[tokens == BOS].any():
+            raise SystemExit(f"byte sidecar and table differ at {int(wrong.sum())} tokens that are no operators: the sidecar is not "
+                             f"that of these shards, or {self.path} is not their tokenizer")
+        return f"byte sidecar equals the table on all but {int(operator[tokens[1:]].sum())} case operators"
+
     def check_bytes(self, tokens: np.ndarray, starts: np.ndarray, sample: int = 64) -> str:
         """Compare table and decoder on documents spread over the set; SystemExit if one differs by a byte.
 
@@ -964,6 +980,7 @@ def coprime_order(counts: list[int], per_step: int, rng: np.random.Generator) ->
         walks.append((int(rng.integers(n)) + int(rng.choice(strides)) * np.arange(n)) % n if n else np.empty(0, int))
     order = []
     for step in range(-(-sum(counts) // per_step)):
+        # an emptied shard has weight 0, not 0 to a power
         weight = np.where(left > 0, left, 1) ** (0.9 - 0.4 * min(step / 1800, 1)) * (left > 0)
         take = np.minimum(rng.multinomial(per_step, weight / weight.sum()), left)
         while take.sum() < min(per_step, left.sum()):  # what small shards could not give
@@ -971,6 +988,7 @@ def coprime_order(counts: list[int], per_step: int, rng: np.random.Generator) ->
         drawn = np.concatenate([start + walk[n - l:n - l + t] for start, walk, n, l, t in zip(starts, walks, counts, left, take)])
         order.append(rng.permutation(drawn))
         left = left - take
+    # the last steps come from whatever shard is left over
     return np.concatenate(order)
 
 
@@ -1068,14 +1086,16 @@ class ValidationSet:
             raise SystemExit(f"validation shards in {cfg.dataset} do not begin with a document (BOS {BOS})")
         if int(tokens.max()) >= cfg.vocab_size:
             raise SystemExit(f"validation token {int(tokens.max())} >= VOCAB_SIZE={cfg.vocab_size}: another tokenizer's shards")
+        sizes = read_sidecar(cfg.dataset, tokens)
         starts = np.flatnonzero(tokens == BOS)  # where documents begin
         cut = 0 < cfg.val_docs < len(starts)
         if cut:  # the next BOS stays: it is the last document's last target
             tokens, starts = tokens[:starts[cfg.val_docs] + 1], starts[:cfg.val_docs]
         self.tokens, self.starts = tokens, starts
-        self.bytes = tokenizer.count_bytes(tokens)  # BOS as a target costs nats and no bytes
+        self.bytes = tokenizer.count_bytes(tokens) if sizes is None else sizes[1:len(tokens)].astype(np.int64)  # BOS: none
         self.targets = len(tokens) - 1  # every token but the first is predicted
-        self.oracle = tokenizer.check_bytes(tokens[:-1] if cut else tokens, starts)
+        self.oracle = (tokenizer.check_bytes(tokens[:-1] if cut else tokens, starts) if sizes is None else
+                       tokenizer.check_sidecar(tokens, sizes[:len(tokens)]))
         self.isolate = cfg.doc_isolation
 
     @property
@@ -1091,6 +1111,42 @@ class ValidationSet:
         """Identity of what is scored; equal fingerprints mean equal denominators."""
         return {"documents": len(self.starts), "tokens": self.targets, "bytes": int(self.bytes.sum()),
                 "sha256": sha256(np.ascontiguousarray(self.tokens, "<u2").tobytes())}
+
+
+def read_sidecar(folder: Path, tokens: np.ndarray) -> np.ndarray | None:
+    """Bytes of each validation token [N] where a sidecar says them (CaseOps data); None where the byte table does."""
+    if not any(folder.glob("fineweb_val_bytes_[0-9]*.bin")):
+        return None
+    sizes = np.concatenate(find_shards(folder, "val_bytes"))  # one uint16 a token, in the format of the shards
+    if len(sizes) != len(tokens):
+        raise SystemExit(f"{folder}: {len(tokens)} validation tokens, but byte sidecars for {len(sizes)}; fetch both again")
+    return sizes
+
+
+def read_manifest(folder: Path, tokenizer: Tokenizer) -> dict:
+    """What data/prepare.py says of the shards; {} where it says nothing. SystemExit if they are not those that it describes."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if manifest and manifest["tokenizer"]["sha256"] != tokenizer.sha256:
+        raise SystemExit(f"{tokenizer.path} is not the tokenizer that {path} names (sha256)")
+    for split in ("train", "val"):
+        said = {s["path"]: s["file_bytes"] for s in manifest.get(split, {}).get("shards", [])}
+        there = {p.name: p.stat().st_size for p in folder.glob(f"fineweb_{split}_[0-9]*.bin")}
+        if said and said != there:
+            name = sorted(set(said.items()) ^ set(there.items()))[0][0]
+            raise SystemExit(f"{folder / name}: {path} describes another {split} split; python data/prepare.py --verify {folder}")
+    return manifest
+
+
+def describe_data(manifest: dict) -> str:
+    """One line of the log: what the shards hold, who proved them disjoint, and what was done to the text."""
+    if "disjoint" not in manifest:
+        return "no manifest of data/prepare.py: nothing proves that training and validation are disjoint"
+    counts = " ".join(f"{split}:{manifest[split]['documents']}docs/{manifest[split]['tokens']}tokens/{manifest[split]['bytes']}bytes"
+                      for split in ("train", "val"))
+    transform = manifest["transform"]
+    return (f"{manifest['name']} {counts} disjoint by {manifest['disjoint']['by']} "
+            f"transform:{transform['name']}{' LOSSY' if transform['lossy'] else ''}")
 
 
 def build_local_corpus(cfg: Config, run: Run) -> None:
@@ -1268,7 +1324,7 @@ if HAVE["triton"]:
         begin, e = tl.load(BEGIN + s).to(tl.int32), tl.arange(0, E)[None, :]
         q = tl.load(Q + at, mask=live, other=0.0)
         m, l, acc = tl.full([R], float("-inf"), tl.float32), tl.zeros([R], tl.float32), tl.zeros([R, E], tl.float32)
-        filled = tl.minimum(begin, W)
+        filled = tl.minimum(begin, W)  # a young document reads little
         for first in range(0, filled, N):
             cell = first + tl.arange(0, N)
             where = ((s * cells + cell) * KH + kv)[:, None] * E + e
@@ -1609,7 +1665,7 @@ class ValueMix(nn.Module):
         return v + torch.sigmoid(self.alpha).to(v.dtype) * v0
 
 
-class Values(NamedTuple):
+class OtherValues(NamedTuple):
     """What other places contribute to a visit's values: the first visit's [T, K, E], an embedding of the tokens [T, K E]."""
     first: Tensor | None = None
     embedded: Tensor | None = None
@@ -1632,7 +1688,7 @@ class Attention(nn.Module):
         self.value_scale = nn.Parameter(torch.empty(1)) if layer in cfg.value_layers else None
         self.attend = attend  # the backend; chosen once, in room 6
 
-    def forward(self, x: Tensor, values: Values, rope: tuple, cu: Tensor, longest: int, lora: VisitAdapters,
+    def forward(self, x: Tensor, values: OtherValues, rope: tuple, cu: Tensor, longest: int, lora: VisitAdapters,
                 past: Past | None) -> tuple[Tensor, tuple]:
         """x [T, D] -> (output [T, D], what others want of it: (values for later layers, keys, values for the cache))."""
         qkv = self.qkv(x).unflatten(-1, (sum(self.heads), -1)).split(self.heads, 1)  # [T, H + 2K, E] in its three parts
@@ -1681,7 +1737,7 @@ class Block(nn.Module):
         self.abreast = cfg.parallel_residual == "one" and layer >= cfg.parallel_start_layer
         self.x0_scale = nn.Parameter(torch.empty(1)) if cfg.x0_residual else None
 
-    def forward(self, x: Tensor, lane: Tensor | None, x0: Tensor, values: Values, rope: tuple, cu: Tensor,
+    def forward(self, x: Tensor, lane: Tensor | None, x0: Tensor, values: OtherValues, rope: tuple, cu: Tensor,
                 longest: int, mix: tuple[Tensor, Tensor] | None, lora: VisitAdapters = VisitAdapters(),
                 past: Past | None = None) -> tuple[Tensor, Tensor | None, tuple]:
         """Stream x [T, D], second lane or None, input x0, others' values; mix = (resid [2], post [2, 2]) with lanes.
@@ -1907,8 +1963,9 @@ class GPT(nn.Module):
         if memory is not None:
             x0, pos, ids = memory.drop_lead(x0), memory.drop_lead(pos), memory.drop_lead(ids)
             x = x0
+        # computed once, read by a few layers
         embedded = run(self.value_embedding, ids, x.dtype) if self.value_embedding is not None else None
-        rope, lane, values, stack = self.rotary(pos), None, Values(None, embedded), []
+        rope, lane, values, stack = self.rotary(pos), None, OtherValues(None, embedded), []
         for i, visit in enumerate(self.plans[self.looping]):
             if visit.skip is not None:
                 gate = self.skip.gates[visit.skip] if self.skip.gates is not None else None
@@ -2307,7 +2364,8 @@ def collect_hessians(model: GPT, cfg: Config, batches: list[Batch], run: Run) ->
             sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
         return hook
 
-    owners = {n: row.sees or n.rpartition(".")[0] for n, row in quantized_rows(model, cfg).items()}
+    # a gate reads a window of its module's input, and is too small to gain from more than rounding
+    owners = {n: row.sees or n.rpartition(".")[0] for n, row in quantized_rows(model, cfg).items() if row.quant != "gate"}
     # an embedding's input are ids, no vectors
     hooks = [modules[m].register_forward_pre_hook(watch(n)) for n, m in owners.items()
              if m in modules and not isinstance(modules[m], nn.Embedding)]
@@ -2430,6 +2488,7 @@ class Quantizer:
         for n in worst:
             u, s, v = torch.linalg.svd(errors[n], full_matrices=False)
             rank, group = min(self.cfg.lqer_rank, len(s)), math.gcd(v.shape[1], self.cfg.lqer_asym_group)
+            # singular values go into the first factor, so that rows of the second are unit vectors
             made[n + LOW_A] = to_range((u * s)[:, :rank].reshape(1, -1), -2, 1)
             made[n + LOW_B] = to_range(v[:rank].reshape(-1, group), -8, 7)
         return made
@@ -2647,6 +2706,7 @@ def count_earlier(group: Tensor, moment: Tensor, ahead: int = 0) -> Tensor:
 
 def count_kinds(group: Tensor, pair: Tensor, moment: Tensor) -> Tensor:
     """For each row, how many different pairs of its group came up at an earlier moment (pair refines group): [N]."""
+    # as a list of first appearances, the question is again one of ranks in a sorted line
     first = torch.full((int(pair.max()) + 1,), int(moment.max()) + 1, device=pair.device)
     first = first.scatter_reduce(0, pair, moment, "amin")  # a pair counts from its first moment on
     owner = torch.zeros_like(first).scatter_(0, pair, group)
@@ -2740,7 +2800,7 @@ def hedge(nats: Tensor, moment: Tensor, rate: float, head_start: float = 2.0) ->
     size = torch.bincount(moment, minlength=moments).double()
     mean = torch.stack([torch.zeros_like(size).index_add_(0, moment, row) for row in nats]) / size.clamp_min(1)
     log_w = torch.zeros(K, 1, device=nats.device, dtype=nats.dtype)
-    log_w[0] = head_start
+    log_w[0] = head_start  # counting starts with empty tables, and should not cost the first documents much
     log_w = log_w - rate * (mean.cumsum(1) - mean)  # less its own moment: weights know only earlier ones
     return -((log_w.log_softmax(0))[:, moment] - nats).logsumexp(0)
 
@@ -3947,7 +4007,8 @@ def report_size(data: bytes, parts: dict, coarser: float, cfg: Config, run: Run)
     run.log(f"Total submission size {label}: {total} bytes ({cfg.artifact_max_bytes - total} below the cap)")
     if coarser > 1:
         run.log(f"fit: steps coarsened x{coarser:.4f}, about {math.log2(coarser):.3f} bits a weight given up")
-    run.event("size", total=total, model=len(data), coarser=coarser, **parts)
+    run.event("size", total=total, model=len(data), coarser=coarser, artifact_sha256=sha256(data),
+              code_sha256=sha256(pack_code(SOURCE)), **parts)
 
 
 def finish(cfg: Config, run: Run, results: dict[str, Score], total: int | None) -> None:
@@ -3962,7 +4023,8 @@ def finish(cfg: Config, run: Run, results: dict[str, Score], total: int | None) 
     if run.main:
         write_atomic(run.path(".score.json"), (json.dumps(score, indent=1) + "\n").encode())
     run.log("verdict: " + (f"FAILED: {'; '.join(run.failures)}" if run.failures else
-                           "legal: score-first, one pass, full distribution, budgets and bytes within their limits"))
+                           "legal: score-first, one pass, full distribution, budgets and bytes within their limits")
+            + "".join(f"; but {caveat}" for caveat in run.caveats))
 
 
 def score_artifact(data: bytes, model: GPT, cfg: Config, run: Run, val: ValidationSet) -> dict[str, Score]:
@@ -3981,7 +4043,10 @@ def job(cfg: Config, run: Run, stored: dict | None) -> None:
         model = build_model(cfg, run)
         load_weights(model, stored["weights"])
         return run.log(sample(model, tokenizer, cfg, run))
-    val = ValidationSet(cfg, tokenizer)
+    val, manifest = ValidationSet(cfg, tokenizer), read_manifest(cfg.dataset, tokenizer)
+    run.log(f"data: {describe_data(manifest)}")
+    if manifest.get("transform", {}).get("lossy"):
+        run.caveats.append(f"LOSSY data ({manifest['transform']['name']}): bits per byte of another text than the original")
     run.log(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={tokenizer.path} {val.oracle}")
     run.log(f"validation: {val.fingerprint()}" + (f" (first {cfg.val_docs} documents only)" if cfg.val_docs else ""))
     run.event("validation", **val.fingerprint(), val_docs=cfg.val_docs)

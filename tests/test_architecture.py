@@ -18,9 +18,8 @@ import pytest
 
 TRAIN_GPT = Path(__file__).resolve().parent.parent / "train_gpt.py"
 
-# The file's limit was planned as 3,000 lines and is kept as that number of lines that bear code, 1,000 more being comments,
-# docstrings and blank lines: those are what makes the others short to read.
-MAX_FUNCTION, MAX_CLASS, MAX_FILE, MAX_MEDIAN = 60, 150, 4000, 14
+# The file's limit counts lines that bear code: comments, docstrings and blank lines are what makes the others short to read.
+MAX_FUNCTION, MAX_CLASS, MAX_FILE, MAX_MEDIAN = 60, 150, 3000, 14
 ROOMS = 19
 MIN_COMMENTS = 12  # lines that bear a comment, per 100 lines that bear code
 
@@ -492,8 +491,8 @@ def size_violations(house):
     bad = [house.flag(n, f"{n.name} has {length(n)} lines (limit {limit})")
            for nodes, limit in ((house.functions, MAX_FUNCTION), (house.classes, MAX_CLASS))
            for n in nodes if length(n) > limit]
-    if len(house.lines) > MAX_FILE:
-        bad.append(f"file: {len(house.lines)} lines (limit {MAX_FILE})")
+    if len(code_lines(house)) > MAX_FILE:
+        bad.append(f"file: {len(code_lines(house))} lines of code (limit {MAX_FILE})")
     median = statistics.median(map(length, house.functions)) if house.functions else 0
     if median > MAX_MEDIAN:
         bad.append(f"file: the median function has {median} lines (limit {MAX_MEDIAN})")
@@ -1347,7 +1346,7 @@ def function(name, lines):
 SIZES = {
     "function": (lambda more: function("f", MAX_FUNCTION + more) + function("g", 2) * 2, "f has 61 lines"),
     "class": (lambda more: "class A:\n" + "    x = 1\n" * (MAX_CLASS - 1 + more), "A has 151 lines"),
-    "file": (lambda more: "x = 1\n" * (MAX_FILE - len(build({7: "\n"}).splitlines()) + 1 + more), f"file: {MAX_FILE + 1} lines"),
+    "file": (lambda more: "x = 1\n# why\n\n" * (MAX_FILE + more), f"file: {MAX_FILE + 1} lines of code"),
     "median": (lambda more: function("f", 2) + function("g", MAX_MEDIAN + more) + function("h", 40), "has 15 lines"),
 }
 

@@ -64,6 +64,8 @@ RULES = [  # (knobs on top of the smoke preset, the knob that is named, a piece 
     ({"VAL_BATCH_TOKENS": 255}, "VAL_BATCH_TOKENS", "EVAL_SEQ_LEN=256"),
     ({"TTT_LORA_SITES": "qx"}, "TTT_LORA_SITES", "letters"),
     ({"TTT_CHUNK_SIZE": "8,"}, "TTT_CHUNK_SIZE", "pairs"),
+    ({"LOGIT_SOFTCAP": 0}, "TTT_ASYM_LOGIT", "LOGIT_SOFTCAP=0"), ({"TRIGRAM_VOCAB_SIZE": 1}, "TRIGRAM_VOCAB_SIZE", "at least 2"),
+    ({"VE_LAYERS": "7"}, "VE_LAYERS", "NUM_LAYERS=5"), ({"X0_RESIDUAL": 1}, "X0_RESIDUAL", "two lanes"),
     ({"MIXER": "uu"}, "MIXER", "each once"),
     ({"GATE_WINDOW": 129}, "GATE_WINDOW", "MODEL_DIM=128"),
     ({"DETERMINISTIC": 1, "ITERATIONS": 20000}, "ITERATIONS", "DETERMINISTIC=1"),
