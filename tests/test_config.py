@@ -93,7 +93,7 @@ def test_mistyped_knob_stops_with_its_name_and_the_nearest(name, meant):
     assert re.search(rf"\b{name}\b", text) and f"did you mean {meant}?" in text
 
 
-@pytest.mark.parametrize("name", ["LQER_RANK", "QAT_ENABLED", "TTT_WHATEVER", "CASEOPS_ENABLED", "MTP_HEADS", "TRIGRAM_ROWS"])
+@pytest.mark.parametrize("name", ["LQER_FACTOR_BITS", "QAT_ENABLED", "TTT_WHATEVER", "CASEOPS_ENABLED", "MTP_HEADS", "TRIGRAM_ROWS"])
 def test_techniques_of_other_scripts_that_are_not_here_stop(name):
     assert re.search(rf"\b{name}\b", refusal(**{name: 1}))
 

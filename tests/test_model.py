@@ -18,7 +18,8 @@ COMBINATIONS = [
     VALUES_MIX, dict(VALUES_MIX, value_residual="sigmoid", loop_start=0, loop_end=3), dict(VALUES_MIX, xsa_last_n=0),
     dict(bigram_vocab_size=37, smear_gate="none", tie_embeddings=False), dict(bigram_vocab_size=37, smear_gate="post"),
     dict(parallel_residual="one", attn_gate="dense", unet_skips="plain"), dict(num_loops=0, unet_skips="none"),
-    dict(parallel_residual="two", parallel_start_layer=0), dict(rope_dims=0, logit_softcap=0, num_kv_heads=4, xsa_last_n=2),
+    dict(parallel_residual="two", parallel_start_layer=0), dict(rope_dims=0, logit_softcap=0, ttt_asym_logit=False, num_kv_heads=4, xsa_last_n=2),
+    dict(trigram_vocab_size=37, bigram_vocab_size=37, smear_gate="channel", ve_layers="1,3", ve_dim=8),
     dict(num_kv_heads=1, ln_scale=False, num_layers=5, num_loops=3, loop_start=2, loop_end=2)]
 
 
@@ -26,7 +27,7 @@ def toggles():
     """One change to the record each: every value of every enum and boolean of ModelKnobs, so a new one is tested too."""
     for f in dataclasses.fields(tg.ModelKnobs):
         for value in f.metadata["choices"] or ((False, True) if type(f.default) is bool else ()):
-            yield {f.name: value}
+            yield {f.name: value} | ({"parallel_residual": "one"} if (f.name, value) == ("x0_residual", True) else {})
 
 
 VARIANTS = [*toggles(), *COMBINATIONS]
@@ -521,7 +522,7 @@ ORDERS = {0: [0, 1, 2], 1: [0, 1, 0, 1, 2]}
     dict(attn_gate="out", smear_gate="post", parallel_residual="one"), dict(attn_gate="dense", unet_skips="plain", rope_dims=0),
     dict(attn_gate="scalar", value_residual="mix", num_loops=1, loop_start=0, loop_end=1),
     dict(attn_gate="none", value_residual="sigmoid", bigram_vocab_size=37, mlp_act="relu2", tie_embeddings=False),
-    dict(ln_scale=False, logit_softcap=0, unet_skips="none", smear_gate="none", parallel_residual="none"),
+    dict(ln_scale=False, logit_softcap=0, ttt_asym_logit=False, unet_skips="none", smear_gate="none", parallel_residual="none"),
 ], ids=name)
 def test_forward_equals_the_formulas(knobs, run):
     cfg = small(**{**THREE, **knobs})
