@@ -307,7 +307,8 @@ SMOKE = dict(
     loop_end=2, parallel_start_layer=3, train_seq_len=256, eval_seq_len=256, eval_stride=128, train_batch_tokens=4096,
     pack_tokens=1024, micro_batch_tokens=4096, val_batch_tokens=8192, max_wallclock_seconds=75.0,
     iterations=160, warmup_steps=1, train_log_every=20, gptq_calibration_batches=8, ttt_chunk_tokens=16384,
-    ttt_epochs=1, ttt_batch_tokens=4096, checkpoint_seconds=30.0, val_docs=150)
+    ttt_epochs=1, ttt_batch_tokens=4096, ttt_chunk_size="64", ttt_lora_rank=16, ttt_lora_alpha=28.8, checkpoint_seconds=30.0,
+    val_docs=150)
 
 # The seed systems of the contest, each a table of what differs from the one before it that it grew out of. Counts of steps
 # are turned into fractions of the run by the number of steps that the original logged. What the originals did against the
