@@ -9,6 +9,7 @@ Claim: none on FineWeb yet. What was measured, on what and how often, stands in 
     MODE=pack   CHECKPOINT=logs/<id>.ckpt   python train_gpt.py      quantise and pack saved averaged weights again
     MODE=sample SAMPLE_PROMPT="The" python train_gpt.py                     text from the newest artifact
     MODE=config python train_gpt.py                                  resolved config, layer plan and size; no data, no GPU
+    MODE=doctor python train_gpt.py                                  what this machine has, and how many steps it would make
 
 Every knob is an environment variable, declared once in room 2; a mistyped one stops the run. A room uses only rooms above:
      1 imports    2 config     3 runtime   4 bytes     5 data          6 kernels     7 layers    8 model     9 parameters
@@ -110,7 +111,7 @@ def knob(default, sentence: str, choices: tuple = (), low: float | None = None, 
 @dataclass(frozen=True)
 class RunKnobs:
     """What to do, where things lie, and how long it may take."""
-    mode: str = knob("train", "what this process does", ("train", "eval", "pack", "sample", "config"))
+    mode: str = knob("train", "what this process does", ("train", "eval", "pack", "sample", "config", "doctor"))
     preset: str = knob("", "table of overrides; empty: record with a GPU, smoke without", ("", "record", "baseline", "pr413", "pr430", "pr490", "pr1880", "pr1693", "pr1855", "pr2135", "smoke"))
     run_id: str = knob("", "name of the run's files; empty: time and a random suffix")
     seed: int = knob(1337, "init and data order; two seeds share neither", low=0, high=2**32 - 1)
@@ -674,6 +675,19 @@ class Run:
     def gpu(self) -> bool:
         return self.device.type == "cuda"
 
+    def describe_devices(self) -> list[str]:
+        """What this node has: GPUs, NCCL, shared memory, processor."""
+        lines = [f"processor: {os.cpu_count()} cores, {torch.get_num_threads()} threads a rank"]
+        if Path("/dev/shm").is_dir():
+            room = os.statvfs("/dev/shm")  # NCCL and data loaders fail obscurely where it is small
+            lines.append(f"shared memory: {room.f_bavail * room.f_frsize >> 20} MiB free")
+        if self.gpu:
+            lines.append(f"nccl: {'.'.join(map(str, torch.cuda.nccl.version()))} over {self.world} ranks")
+            cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+            lines += [f"gpu {i}: {c.name} {c.total_memory >> 20} MiB {c.multi_processor_count} multiprocessors"
+                      for i, c in enumerate(cards)]
+        return lines
+
     def place(self, rows: list[Tensor]) -> list[Tensor]:
         """Host tensors on this rank's device, copied behind the host's back where the device allows it."""
         return [r.pin_memory().to(self.device, non_blocking=True) for r in rows] if self.gpu else rows
@@ -708,8 +722,8 @@ class Run:
             self.files[0].write(line + "\n")
         changed = [line[2:] for line in cfg.describe() if line[0] == "*"]
         self.log(f"not the record's default: {' '.join(changed) or 'none'}")
-        self.event("config", recipe=cfg.recipe_hash(), source=sha256(SOURCE.encode()), world=self.world, versions=versions,
-                   device=device, **cfg.as_dict())
+        self.event("machine", versions=versions, device=device)
+        self.event("config", recipe=cfg.recipe_hash(), source=sha256(SOURCE.encode()), world=self.world, **cfg.as_dict())
 
     def path(self, suffix: str) -> Path:
         return self.folder / f"{self.id}{suffix}"
@@ -3052,7 +3066,7 @@ class Scorer:
 
     def check_hints(self, when: Tensor, count: int = 16) -> None:
         """Hints at positions spread over the pass, by their definition: compare whole contexts, look at earlier moments only."""
-        for at in torch.linspace(0, len(when) - 1, count).long().tolist():
+        for at in np.linspace(0, len(when) - 1, count).astype(int).tolist():  # fp64: fp32 cannot count to 47 million
             expected = hint_by_definition(self.tokens, when, self.cfg.ngram_tilt_order, self.cfg.ngram_tilt_threshold, at)
             if int(self.hints.token[at]) != expected:
                 raise Violation(f"the hint at position {at} is not what earlier moments say: {int(self.hints.token[at])}, "
@@ -3518,9 +3532,10 @@ class DocumentScorer:
         adapter.order = np.concatenate([np.arange(a, b) for a, b in spans])  # all phases so far, again
         starts = range(0, len(adapter.order), cfg.ttt_chunk_tokens)
         compiled, self.model.run = self.model.run, call  # some hundred steps do not pay for compiling another shape
-        for i, at in enumerate(starts):
-            lr = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * i / max(len(starts) - 1, 1)))
-            adapter.learn(at, min(at + cfg.ttt_chunk_tokens, len(adapter.order)), lr)
+        with deterministic(cfg):
+            for i, at in enumerate(starts):
+                lr = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * i / max(len(starts) - 1, 1)))
+                adapter.learn(at, min(at + cfg.ttt_chunk_tokens, len(adapter.order)), lr)
         self.model.run = compiled
 
     def report(self, what: str) -> None:
@@ -4008,8 +4023,8 @@ def report_size(data: bytes, parts: dict, coarser: float, cfg: Config, run: Run)
     run.log(f"Total submission size {label}: {total} bytes ({cfg.artifact_max_bytes - total} below the cap)")
     if coarser > 1:
         run.log(f"fit: steps coarsened x{coarser:.4f}, about {math.log2(coarser):.3f} bits a weight given up")
-    run.event("size", total=total, model=len(data), coarser=coarser, artifact_sha256=sha256(data),
-              code_sha256=sha256(pack_code(SOURCE)), **parts)
+    run.event("size", total=total, model=len(data), coarser=coarser, **parts)
+    run.event("files", artifact=sha256(data), code=sha256(pack_code(SOURCE)))
 
 
 def finish(cfg: Config, run: Run, results: dict[str, Score], total: int | None) -> None:
@@ -4053,11 +4068,13 @@ def job(cfg: Config, run: Run, stored: dict | None) -> None:
     run.event("validation", **val.fingerprint(), val_docs=cfg.val_docs)
     if stored and "manifest" in stored and stored["manifest"]["validation"] != val.fingerprint():
         run.warn("these validation tokens are not the ones the artifact was first scored on")
-    stream = TrainStream(cfg, run) if cfg.mode in ("train", "pack") else None
+    stream = TrainStream(cfg, run) if cfg.mode in ("train", "pack", "doctor") else None
     if stream:
         codec_names(cfg.compressor, run)  # a missing coder stops the run now, not after training
     model = build_model(cfg, run)
     describe_plan(model, cfg, run)
+    if cfg.mode == "doctor":
+        return doctor(model, cfg, run, stream)
     total = None
     if stored is not None:
         run.log(f"weights from {stored['path']}")
@@ -4075,6 +4092,36 @@ def job(cfg: Config, run: Run, stored: dict | None) -> None:
             run.fail(f"artifact does not fit: {total} bytes > {cfg.artifact_max_bytes}")
         stored = stored["data"]
     finish(cfg, run, score_artifact(stored, model, cfg, run, val), total)
+
+
+def doctor(model: GPT, cfg: Config, run: Run, stream: TrainStream) -> None:
+    """MODE=doctor: devices, what ranks talk through, and a probe of both phases' steps; nothing is trained or kept."""
+    for line in run.describe_devices():
+        run.log(line)
+    optimizers, batches, rates = Optimizers(model, cfg, run), stream.make(0), {}
+    for looping in sorted({False, cfg.num_loops > 0}):
+        v = Values(1.0, cfg.muon_momentum, looping)
+        for _ in range(max(cfg.warmup_steps, 1)):  # compiles
+            train_step(model, optimizers, batches, v)
+        rates[looping] = probe_step(lambda: train_step(model, optimizers, batches, v), run)
+        run.log(f"step {'with' if looping else 'without'} recurrence: {1000 * rates[looping]:.1f} ms "
+                f"tok/s:{cfg.train_batch_tokens / rates[looping]:.0f}")
+    # progress follows the clock, so each phase gets its share of the seconds, not of the steps
+    budget, share = cfg.max_wallclock_seconds or 600.0, cfg.enable_looping_at if cfg.num_loops else 1.0
+    steps = budget * (share / rates[False] + (1 - share) / rates[max(rates)])
+    run.log(f"predicted: {steps:.0f} steps in {budget:.0f}s of training, {steps * cfg.train_batch_tokens / 1e6:.1f}M tokens")
+    run.event("doctor", steps=steps, budget=budget, seconds={str(k): t for k, t in rates.items()})
+
+
+def probe_step(step: Callable[[], object], run: Run, seconds: float = 1.5) -> float:
+    """Mean seconds of a step over at least `seconds`; all ranks stop at the same one."""
+    with run.clock.span("step probe"):
+        start, count = run.clock.read(), 0
+        while count < 2 or run.agree(run.clock.read() - start) < seconds:
+            step()
+            run.clock.sync()
+            count += 1
+        return run.agree(run.clock.read() - start) / count
 
 
 def train_and_average(model: GPT, cfg: Config, run: Run, stream: TrainStream, val: ValidationSet) -> None:

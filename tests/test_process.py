@@ -394,6 +394,18 @@ def test_another_mode_gives_every_digit_again(again, whole, mode):
     assert ended.log.splitlines()[-1].startswith("verdict: legal")
 
 
+def test_doctor_measures_steps_and_keeps_nothing(lab):
+    ended = lab.run("doctor", lab.small(MODE="doctor", MAX_WALLCLOCK_SECONDS=0))
+    assert ended.code == 0, ended.out
+    (event,) = [e for e in map(json.loads, (lab.root / "doctor").rglob("*.jsonl").__next__().read_text().splitlines())
+                if e["event"] == "doctor"]
+    seconds = event["seconds"]
+    assert set(seconds) == {"False", "True"} and 0 < seconds["False"] < seconds["True"]
+    assert event["steps"] == pytest.approx(600 * (0.35 / seconds["False"] + 0.65 / seconds["True"]))
+    assert f"predicted: {event['steps']:.0f} steps in 600s" in ended.out
+    assert not list((lab.root / "doctor").rglob("*.artifact")) and not list((lab.root / "doctor").rglob("*.ckpt"))
+
+
 def test_pack_writes_an_artifact_of_its_own(again, whole):
     pack = again["pack"]
     assert pack.files == {f"logs/whole.pack{s}" for s in SUFFIXES if s != ".ckpt"}
