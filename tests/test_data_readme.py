@@ -8,10 +8,10 @@ from conftest import ROOT, load_by_path
 
 sys.path.insert(0, str(ROOT / "data"))
 import prepare
-import report
+import shard_report as report
 
 FETCHER = load_by_path("cached_challenge_fineweb", ROOT / "data" / "cached_challenge_fineweb.py")
-PARSERS = {"prepare": prepare.parser, "cached_challenge_fineweb": FETCHER.parser, "report": report.parser}
+PARSERS = {"prepare": prepare.parser, "cached_challenge_fineweb": FETCHER.parser, "shard_report": report.parser}
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:

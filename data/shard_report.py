@@ -1,6 +1,6 @@
 """What a tokenizer makes of a corpus, from shards and the tokenizer alone: a table, and a picture.
 
-    python data/report.py data/datasets/local_sp1024 --tokenizer data/tokenizers/local_1024_bpe.model --picture report.png
+    python data/shard_report.py data/datasets/local_sp1024 --tokenizer data/tokenizers/local_1024_bpe.model --picture report.png
 
 Works on any shards of the contest's format, downloaded ones too; where a manifest names the tokenizer, --tokenizer can be left out.
 Bytes are those of the text that the tokens stand for, by the sidecar where there is one. A document with few bytes a token is one

@@ -8,7 +8,7 @@ from conftest import ROOT, write_shard
 
 sys.path.insert(0, str(ROOT / "data"))
 import prepare
-import report
+import shard_report as report
 import shards
 import sources
 
