@@ -112,7 +112,8 @@ def knob(default, sentence: str, choices: tuple = (), low: float | None = None, 
 class RunKnobs:
     """What to do, where things lie, and how long it may take."""
     mode: str = knob("train", "what this process does", ("train", "eval", "pack", "sample", "config", "doctor"))
-    preset: str = knob("", "table of overrides; empty: record with a GPU, smoke without", ("", "record", "baseline", "pr413", "pr430", "pr490", "pr1880", "pr1693", "pr1855", "pr2135", "smoke"))
+    preset: str = knob("", "table of overrides; empty: record with a GPU, smoke without",
+                       ("", "record", "baseline", "pr413", "pr430", "pr490", "pr1880", "pr1693", "pr1855", "pr2135", "smoke"))
     run_id: str = knob("", "name of the run's files; empty: time and a random suffix")
     seed: int = knob(1337, "init and data order; two seeds share neither", low=0, high=2**32 - 1)
     deterministic: bool = knob(False, "bit-equal reruns: deterministic kernels, progress counted in steps; slower")
@@ -2144,6 +2145,11 @@ def lr_multiplier(p: float, warmdown: float, floor: float) -> float:
     return floor + (1 - floor) * max(0.0, 1 - p) / warmdown
 
 
+def cosine_to_zero(i: int, count: int) -> float:
+    """From 1 at the first of `count` chunks to 0 at the last."""
+    return 0.5 * (1 + math.cos(math.pi * i / max(count - 1, 1)))
+
+
 def momentum_at(p: float, start: float, end: float, warmup: float) -> float:
     """A straight line from `start` to `end` over the first `warmup` of the run."""
     return end if p >= warmup else start + (end - start) * p / warmup
@@ -2898,6 +2904,11 @@ class Violation(RuntimeError):
     """An attempt to score or learn in an order that the contest forbids."""
 
 
+def positions(begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """All positions of spans [begin, end), one span after the other."""
+    return np.concatenate([np.arange(b, e) for b, e in zip(begin, end)])
+
+
 class Ledger:
     """Positions are targets in stream order; `when` is the moment at which each was scored, -1 for not yet.
 
@@ -2920,7 +2931,7 @@ class Ledger:
         start, end, begin = windows.T
         if start.min() < 0 or (start > begin).any() or (begin >= end).any() or end.max() > self.targets:
             raise Violation("a window scores what it does not read, or tokens that do not exist")
-        at = np.concatenate([np.arange(b, e) for b, e in zip(begin, end)])
+        at = positions(begin, end)
         again = self.when[at] >= 0
         again[1:] |= np.diff(at) <= 0  # overlapping or backward windows of one batch
         if again.any():
@@ -2952,7 +2963,7 @@ class Ledger:
         self.mass_error = max(float(torch.maximum((p.sum(-1) - 1).abs(), wrong).max()), self.mass_error)
         self.sampled += len(targets)
         if not float(wrong.max()) <= most:  # NaN is none
-            raise Violation(f"a score is {self.mass_error:.3g} nats away from the model's normalised distribution")
+            raise Violation(f"a score is {float(wrong.max()):.3g} nats away from the model's normalised distribution")
 
     def verdict(self) -> str:
         """One line; Violation if tokens were left out."""
@@ -3035,9 +3046,9 @@ class Scorer:
             batch = self.batch(part)
             sizes = part[:, 1] - part[:, 0]
             place = np.cumsum(sizes) - sizes - part[:, 0]  # from a position of the stream to its row in this batch
-            scored = [np.arange(first, end) for _, end, first in part]
-            rows = np.concatenate([at + shift for at, shift in zip(scored, place)])
-            at, rows = (torch.from_numpy(x).to(self.run.device) for x in (np.concatenate(scored), rows))
+            scored = positions(part[:, 2], part[:, 1])
+            rows = scored + np.repeat(place, part[:, 1] - part[:, 2])
+            at, rows = (torch.from_numpy(x).to(self.run.device) for x in (scored, rows))
             hint = self.hint_rows(len(batch.ids), at, rows)
             nll = self.tilted(self.model.nll(*self.with_hint(batch, hint)), hint, batch.targets)
             if i == 0:
@@ -3075,7 +3086,7 @@ class Scorer:
     def rely_on_hints(self, begin: np.ndarray, end: np.ndarray) -> None:
         """Tell the ledger what the hints of these spans rest on."""
         if self.hints is not None:
-            at = np.concatenate([np.arange(b, e) for b, e in zip(begin, end)])
+            at = positions(begin, end)
             self.ledger.rely(self.rests_on[at], self.planned[at])
 
     def hint_rows(self, count: int, at: Tensor, rows: Tensor) -> Tensor | None:
@@ -3113,14 +3124,14 @@ class Scorer:
                 self.ledger.check_mass(p.log()[None], self.tokens[at + 1:at + 2], row[at:at + 1], 1e-6)
         self.nll = hedge(torch.cat((self.nll.double()[None], nats)), moment, self.cfg.mixer_eta)
 
-    def report(self, done: int, what: str) -> None:
-        """Every ten seconds: running bpb of this rank's share, tokens a second over all ranks, time left."""
+    def report(self, done: int, what: str, nll: Tensor) -> None:
+        """Every ten seconds, from this rank's nats so far [N] (0: not scored): running bpb of this rank's share, tokens a second over all ranks, time left."""
         now = self.run.clock.read()
         if now - self.told < 10:
             return
         self.told, seconds = now, now - self.start
-        scored = (self.nll != 0).cpu().numpy()
-        bpb = float(self.nll.double().sum()) / math.log(2) / max(int(self.val.bytes[scored].sum()), 1)
+        scored = (nll != 0).cpu().numpy()
+        bpb = float(nll.double().sum()) / math.log(2) / max(int(self.val.bytes[scored].sum()), 1)
         left = seconds * (self.val.targets - done) / max(done, 1)
         self.run.log(f"{what} tokens:{done}/{self.val.targets} running_bpb:{bpb:.4f} tok/s:{done / seconds:.0f} "
                      f"time:{seconds:.1f}s left:{left:.0f}s")
@@ -3265,7 +3276,7 @@ def score_adapting(model: GPT, val: ValidationSet, cfg: Config, run: Run, reserv
     chunks = group_chunks(make_windows(val.sequences, cfg.eval_seq_len, cfg.eval_stride), cfg.ttt_chunk_tokens)
     moment = np.full(val.targets, -1, np.int32)
     for i, chunk in enumerate(chunks):  # a chunk is a moment
-        moment[np.concatenate([np.arange(first, end) for _, end, first in chunk]).clip(0, val.targets - 1)] = i
+        moment[positions(chunk[:, 2], chunk[:, 1]).clip(0, val.targets - 1)] = i
     scorer.plan_hints(moment)
     learning = cfg.ttt_method == "chunk"
     with deterministic(cfg), Adapter(model, val, cfg, run, scorer.ledger) as adapter:
@@ -3275,9 +3286,8 @@ def score_adapting(model: GPT, val: ValidationSet, cfg: Config, run: Run, reserv
                 learning = False
                 run.warn(f"evaluation budget: the last {len(chunks) - i - 1} of {len(chunks)} chunks are scored without adapting")
             if learning and i + 1 < len(chunks):
-                lr = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * i / max(len(chunks) - 1, 1)))
-                adapter.learn(int(chunk[0, 2]), int(chunk[-1, 1]), lr)
-            scorer.report(int(chunk[-1, 1]), f"ttt_chunk [{i + 1}/{len(chunks)}]")
+                adapter.learn(int(chunk[0, 2]), int(chunk[-1, 1]), cfg.ttt_lr * cosine_to_zero(i, len(chunks)))
+            scorer.report(int(chunk[-1, 1]), f"ttt_chunk [{i + 1}/{len(chunks)}]", scorer.nll)
     return scorer.result(mixed=True)
 
 
@@ -3445,7 +3455,7 @@ class DocumentScorer:
         self.tokens = torch.cat((self.scorer.tokens, self.scorer.tokens[:1]))
         self.hints = F.pad(self.scorer.hints.token, (0, 1), value=-1) if self.scorer.hints is not None else None
         self.nll = torch.zeros(val.targets + 1, device=run.device)  # the last cell takes what padding would write
-        # casting every matrix at every visit would be a fifth of a small step
+        # casting every matrix at every visit was some 5 % of a small step's GPU time (profile on an H200)
         self.copies = [torch.empty_like(p, dtype=run.dtype if p.numel() > 2 ** 16 else p.dtype) for p in model.parameters()]
         self.lead = 3  # a smear looks back one token, and that one's triple hash two more
         self.done, self.units, self.pool = 0, {}, torch.cuda.graph_pool_handle() if run.gpu else None
@@ -3460,7 +3470,8 @@ class DocumentScorer:
             self.step(Step(*(x[self.mine] for x in step)), stage.chunk, sample=t % 16 == 0)
             self.done += int((step.end - step.begin).sum())
             if t % 16 == 15:
-                self.report(f"ttt_lora chunk:{stage.chunk} step:{t + 1}/{len(stage.steps)} slots:{int(busy.sum())}")
+                what = f"ttt_lora chunk:{stage.chunk} step:{t + 1}/{len(stage.steps)} slots:{int(busy.sum())}"
+                self.scorer.report(self.done, what, self.nll[:-1])
         return True
 
     def book(self, step: Step, busy: np.ndarray) -> None:
@@ -3529,20 +3540,16 @@ class DocumentScorer:
         cfg, spans = adapter.cfg, self.val.sequences
         spans = spans[self.scorer.ledger.when[spans[:, 1] - 1] >= 0]  # documents whose last token has its score
         spans = spans[np.argsort(spans[:, 0] - spans[:, 1], kind="stable")]
-        adapter.order = np.concatenate([np.arange(a, b) for a, b in spans])  # all phases so far, again
+        adapter.order = positions(*spans.T)  # all phases so far, again
         starts = range(0, len(adapter.order), cfg.ttt_chunk_tokens)
         compiled, self.model.run = self.model.run, call  # some hundred steps do not pay for compiling another shape
-        with deterministic(cfg):
-            for i, at in enumerate(starts):
-                lr = cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * i / max(len(starts) - 1, 1)))
-                adapter.learn(at, min(at + cfg.ttt_chunk_tokens, len(adapter.order)), lr)
-        self.model.run = compiled
-
-    def report(self, what: str) -> None:
-        """As the scorer reports, over what the slots have scored."""
-        self.scorer.nll, kept = self.nll[:-1], self.scorer.nll
-        self.scorer.report(self.done, what)
-        self.scorer.nll = kept
+        try:
+            with deterministic(cfg):
+                for i, at in enumerate(starts):
+                    end = min(at + cfg.ttt_chunk_tokens, len(adapter.order))
+                    adapter.learn(at, end, cfg.ttt_lr * cosine_to_zero(i, len(starts)))
+        finally:
+            self.model.run = compiled
 
     def finish_plain(self) -> None:
         """Score what is left with fixed weights: the budget is met, adaptation is not."""
@@ -4006,13 +4013,14 @@ def pack(model: GPT, cfg: Config, run: Run, stream: TrainStream, tokenizer: Toke
             meta = {"config": cfg.as_dict(), "tokenizer": tokenizer.sha256, "validation": val.fingerprint(),
                     "source": sha256(SOURCE.encode()), "train_tokens": stream.tokens}
             data, parts, coarser = fit_artifact(Quantizer(model, cfg, hessians, run), meta, cfg, run)
-            report_size(data, parts, coarser, cfg, run)
+            code = pack_code(SOURCE)
+            report_size(data, code, parts, coarser, cfg, run)
             write_atomic(run.path(".artifact"), data)
-            write_atomic(run.path(".packed.py"), pack_code(SOURCE))
+            write_atomic(run.path(".packed.py"), code)
     return run.share(data)
 
 
-def report_size(data: bytes, parts: dict, coarser: float, cfg: Config, run: Run) -> None:
+def report_size(data: bytes, code: bytes, parts: dict, coarser: float, cfg: Config, run: Run) -> None:
     """Bytes by part in the baseline's grammar, and what fitting the cap cost."""
     label = f"int{cfg.matrix_bits}+{cfg.compressor}"
     for name, size in parts.items():
@@ -4024,7 +4032,7 @@ def report_size(data: bytes, parts: dict, coarser: float, cfg: Config, run: Run)
     if coarser > 1:
         run.log(f"fit: steps coarsened x{coarser:.4f}, about {math.log2(coarser):.3f} bits a weight given up")
     run.event("size", total=total, model=len(data), coarser=coarser, **parts)
-    run.event("files", artifact=sha256(data), code=sha256(pack_code(SOURCE)))
+    run.event("files", artifact=sha256(data), code=sha256(code))
 
 
 def finish(cfg: Config, run: Run, results: dict[str, Score], total: int | None) -> None:
