@@ -52,6 +52,7 @@ import random
 import re
 import signal
 import struct
+import subprocess
 import sys
 import time
 import traceback
@@ -127,6 +128,8 @@ class RunKnobs:
     warmup_steps: int = knob(4, "untimed steps per graph that compile it; all state is put back afterwards", low=0)
     train_log_every: int = knob(100, "steps between train_loss lines", low=1)
     val_loss_every: int = knob(0, "steps between validations during training; 0: only at the end", low=0)
+    track: str = knob("", "send the log's events to this tracker, by a process of its own (records/track.py)",
+                      ("", "trackio", "wandb", "tensorboard"))
     sample_prompt: str = knob("", "start of the text that MODE=sample continues")
     sample_tokens: int = knob(128, "tokens that MODE=sample writes", low=1)
     sample_temperature: float = knob(0.8, "sampling temperature; 0: greedy", low=0)
@@ -442,7 +445,7 @@ class Config(PackKnobs, OptimKnobs, ModelKnobs, DataKnobs, RunKnobs):
     def recipe_hash(self) -> str:
         """12 hex digits over every knob that can change the result; equal for two seeds of one recipe."""
         skip = {"mode", "run_id", "seed", "artifact_dir", "artifact", "checkpoint", "sample_prompt", "sample_tokens", "preset",
-                "sample_temperature", "data_path", "tokenizer_path"}
+                "sample_temperature", "data_path", "tokenizer_path", "track"}
         kept = {k: v for k, v in sorted(self.as_dict().items()) if k not in skip}
         return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:12]
 
@@ -723,8 +726,22 @@ class Run:
             self.files[0].write(line + "\n")
         changed = [line[2:] for line in cfg.describe() if line[0] == "*"]
         self.log(f"not the record's default: {' '.join(changed) or 'none'}")
+        self.track(cfg)
         self.event("machine", versions=versions, device=device)
         self.event("config", recipe=cfg.recipe_hash(), source=sha256(SOURCE.encode()), world=self.world, **cfg.as_dict())
+
+    def track(self, cfg: Config) -> None:
+        """Start the follower of the JSONL that feeds a tracker; it ends by itself with the run's result, or without news."""
+        if not cfg.track:
+            return
+        script = Path(__file__).resolve().parent / "records" / "track.py"
+        if not script.is_file():
+            raise ConfigError(f"TRACK={cfg.track}: {script} is missing; run from a checkout, or leave TRACK out")
+        command = [sys.executable, str(script), str(self.path(".jsonl")), "--to", cfg.track, "--follow",
+                   "--from-byte", str(self.files[1].tell())]  # behind what an earlier run of this name has written
+        with open(self.path(".track.txt"), "w") as said:  # a session of its own: Ctrl-C here must not cut off the last lines
+            subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+        self.log(f"track:{cfg.track}, its words are in {self.path('.track.txt')}")
 
     def path(self, suffix: str) -> Path:
         return self.folder / f"{self.id}{suffix}"
@@ -3933,7 +3950,7 @@ def find_file(cfg: Config, given: str, suffix: str) -> Path:
 def restore_config(env: dict, stored: dict, path: Path) -> Config:
     """The stored run's own config, with what the environment says about running it; the network's shape is fixed."""
     # what belongs to that run's files, not to its recipe
-    own = {k: v for k, v in stored.items() if k not in ("mode", "run_id", "artifact_dir", "artifact", "checkpoint")}
+    own = {k: v for k, v in stored.items() if k not in ("mode", "run_id", "artifact_dir", "artifact", "checkpoint", "track")}
     known = {f.name for f in dataclasses.fields(Config)}
     if own.keys() - known:
         raise SystemExit(f"{path}: made with knobs that are unknown here: {', '.join(sorted(own.keys() - known))}")

@@ -1,9 +1,9 @@
 """Show a run in trackio, Weights & Biases or TensorBoard, live or afterwards, from the JSONL that it writes anyway.
 
     python records/track.py logs/ID.jsonl --to trackio|wandb|tensorboard [--follow] [--project parameter-golf]
-    TRACK=wandb python records/track.py logs/ID.jsonl --follow
+    TRACK=wandb python train_gpt.py                            # the same, started by the run
 
-The run knows nothing of it: a tracker that is slow, missing or offline costs no step and changes no log. With --follow it
+The run waits for nothing of it: a tracker that is slow, missing or offline costs no step and changes no log. With --follow it
 waits for the file and for more lines, until the run's result stands there or nothing has come for --patience seconds.
 Only the tracker that is named is imported. TensorBoard writes under --folder.
 """
@@ -20,13 +20,14 @@ SINKS = ("trackio", "wandb", "tensorboard")
 POLL = 0.5  # seconds between looks at the file
 
 
-def lines(path: Path, follow: bool, patience: float) -> Iterator[str]:
-    """Whole lines of a file; with `follow` also those to come, until none has come for `patience` seconds."""
+def lines(path: Path, follow: bool, patience: float, start: int = 0) -> Iterator[str]:
+    """Whole lines of a file from byte `start`; with `follow` also those to come, until none has come for `patience` seconds."""
     idle = time.monotonic()
     while follow and not path.exists() and time.monotonic() - idle < patience:
         time.sleep(POLL)
     rest = ""
     with open(path, encoding="utf-8") as file:
+        file.seek(start)
         while True:
             rest += file.readline()
             if rest.endswith("\n"):  # otherwise the writer is in the middle of a line
@@ -82,11 +83,11 @@ class TensorBoard:
         self.writer.close()
 
 
-def track(path: Path, to: str, project: str, folder: Path, follow: bool = False, patience: float = 600.0) -> int:
-    """Send a run's events to a tracker; returns how many events had something to draw."""
+def track(path: Path, to: str, project: str, folder: Path, follow: bool = False, patience: float = 600.0, start: int = 0) -> int:
+    """Send a run's events from byte `start` on to a tracker; returns how many events had something to draw."""
     sink, step, sent = None, 0, 0
     try:
-        for line in lines(path, follow, patience):
+        for line in lines(path, follow, patience, start):
             event = json.loads(line)
             if event["event"] == "config":
                 if sink:  # a second launch under one RUN_ID is another run
@@ -115,9 +116,11 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("tensorboard"))
     parser.add_argument("--follow", action="store_true")
     parser.add_argument("--patience", type=float, default=600.0)
+    parser.add_argument("--from-byte", type=int, default=0, help="where this run begins in the file")
     given = parser.parse_args(args)
     try:
-        sent = track(given.jsonl, given.to, given.project, given.folder, given.follow, given.patience)
+        sent = track(given.jsonl, given.to, given.project, given.folder, given.follow, given.patience,
+                     given.from_byte)
     except ImportError as e:
         print(f"track: {e}; pip install {given.to}", file=sys.stderr)
         return 2

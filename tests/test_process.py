@@ -406,6 +406,44 @@ def test_doctor_measures_steps_and_keeps_nothing(lab):
     assert not list((lab.root / "doctor").rglob("*.artifact")) and not list((lab.root / "doctor").rglob("*.ckpt"))
 
 
+FAKE_TRACKER = """
+import json, os
+def init(project, name, config):
+    write(["init", name, config["seed"]])
+def log(values, step):
+    write(["log", sorted(values)])
+def finish():
+    write(["finish"])
+def write(row):
+    with open(os.environ["TRACKED"], "a") as file:
+        file.write(json.dumps(row) + "\\n")
+"""
+
+
+def test_a_tracker_gets_this_run_and_no_earlier_one(lab, whole, monkeypatch):
+    """TRACK starts the follower of the run's own lines, also where an earlier run of the name wrote before it."""
+    folder, told = lab.root / "tracker", lab.root / "tracked.txt"
+    folder.mkdir()
+    (folder / "wandb.py").write_text(FAKE_TRACKER)
+    (lab.program.parent / "records").mkdir()
+    shutil.copy(ROOT / "records" / "track.py", lab.program.parent / "records")
+    knobs = dict(MODE="eval", ARTIFACT=whole.path(".artifact"), TRACK="wandb", TRACKED=told, **ONE_PASS)
+    for expected in (1, 2):
+        assert lab.run("tracked", knobs, run_id="whole.eval", blocked=folder).code == 0
+        for _ in range(100):  # the follower looks twice a second, and outlives the run for its last lines
+            rows = [json.loads(line) for line in told.read_text().splitlines()] if told.is_file() else []
+            if [r[0] for r in rows].count("finish") == expected:
+                break
+            time.sleep(0.1)
+        assert [r[0] for r in rows].count("init") == [r[0] for r in rows].count("finish") == expected
+        assert ["log", ["score/full/seconds", "score/full/val_bpb", "score/full/val_loss"]] in rows
+
+
+def test_a_tracker_without_its_script_stops_the_run_before_it_costs(lab, again):
+    ended = lab.run("untracked", lab.small(TRACK="wandb"), lab.root / "packed" / "golf.py")
+    assert ended.code and "TRACK=wandb" in ended.out and "records" in ended.out
+
+
 def test_pack_writes_an_artifact_of_its_own(again, whole):
     pack = again["pack"]
     assert pack.files == {f"logs/whole.pack{s}" for s in SUFFIXES if s != ".ckpt"}
