@@ -726,22 +726,9 @@ class Run:
             self.files[0].write(line + "\n")
         changed = [line[2:] for line in cfg.describe() if line[0] == "*"]
         self.log(f"not the record's default: {' '.join(changed) or 'none'}")
-        self.track(cfg)
+        start_tracker(self, cfg)
         self.event("machine", versions=versions, device=device)
         self.event("config", recipe=cfg.recipe_hash(), source=sha256(SOURCE.encode()), world=self.world, **cfg.as_dict())
-
-    def track(self, cfg: Config) -> None:
-        """Start the follower of the JSONL that feeds a tracker; it ends by itself with the run's result, or without news."""
-        if not cfg.track:
-            return
-        script = Path(__file__).resolve().parent / "records" / "track.py"
-        if not script.is_file():
-            raise ConfigError(f"TRACK={cfg.track}: {script} is missing; run from a checkout, or leave TRACK out")
-        command = [sys.executable, str(script), str(self.path(".jsonl")), "--to", cfg.track, "--follow",
-                   "--from-byte", str(self.files[1].tell())]  # behind what an earlier run of this name has written
-        with open(self.path(".track.txt"), "w") as said:  # a session of its own: Ctrl-C here must not cut off the last lines
-            subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
-        self.log(f"track:{cfg.track}, its words are in {self.path('.track.txt')}")
 
     def path(self, suffix: str) -> Path:
         return self.folder / f"{self.id}{suffix}"
@@ -816,6 +803,20 @@ class Run:
         self.files = []
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def start_tracker(run: Run, cfg: Config) -> None:
+    """TRACK: the follower of the JSONL that feeds a tracker; it ends by itself with the run's result, or without news."""
+    if not cfg.track:
+        return
+    script = Path(__file__).resolve().parent / "records" / "track.py"
+    if not script.is_file():
+        raise ConfigError(f"TRACK={cfg.track}: {script} is missing; run from a checkout, or leave TRACK out")
+    command = [sys.executable, str(script), str(run.path(".jsonl")), "--to", cfg.track, "--follow",
+               "--from-byte", str(run.files[1].tell())]  # behind what an earlier run of this name has written
+    with open(run.path(".track.txt"), "w") as said:  # a session of its own: Ctrl-C here must not cut off the last lines
+        subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+    run.log(f"track:{cfg.track}, its words are in {run.path('.track.txt')}")
 
 
 def sha256(data: bytes) -> str:
