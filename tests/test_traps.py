@@ -31,7 +31,6 @@
     an average in the weights' own storage -> test_optim.py::test_a_shadow_is_a_copy
     hooks that miss a visit, or recurrence off for them (#1855) -> test_quant.py::test_hessians_are_the_inputs_products
     recurrence left off in the reloaded network (#1855) -> test_process.py::test_another_mode_gives_every_digit_again
-    compiled gates that differ from eager ones (#1667) -> gpu/test_gpu.py::test_compiled_equals_eager
     a parameter that no optimiser or reduction knows (#1693) -> test_model.py::test_a_parameter_without_a_row_or_with_two_is_refused
     micro-batches reduced one by one (#1880) -> test_optim.py::test_micro_batches_equal_one_batch
     blocks unfrozen that were to be frozen (#430) -> test_ledger.py::test_only_the_chosen_parameters_move
