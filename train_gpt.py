@@ -55,6 +55,7 @@ import struct
 import subprocess
 import sys
 import time
+import tokenize
 import traceback
 import uuid
 import warnings
@@ -195,6 +196,8 @@ class OptimKnobs:
     """Kernels, optimisers and schedules."""
     attn_backend: str = knob("auto", "attention kernel; auto takes the first that works here",
                              ("auto", "fa4", "fa3", "varlen", "sdpa", "eager"))
+    kernels: str = knob("auto", "our own operations: fused in Triton, or their eager twins; auto: triton on a GPU",
+                        ("auto", "triton", "eager"))
     compile_scope: str = knob("auto", "what torch.compile sees: nothing, or a block at a time; auto: block on a GPU",
                                ("auto", "none", "block"))
     matrix_lr: float = knob(0.026, "Muon's step on matrices", low=0)
@@ -1319,7 +1322,7 @@ def attention_cached_eager(q: Tensor, k: Tensor, v: Tensor, past: tuple) -> Tens
     return y.unflatten(2, (q_.shape[3], -1)).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)
 
 
-if HAVE["triton"]:
+if installed("triton"):  # on a CPU too: its interpreter runs the kernels there, for tests
     import triton
     import triton.language as tl
 
@@ -1534,6 +1537,309 @@ def soft_cap(logits: Tensor, cap: float | Tensor) -> Tensor:
     return cap * torch.tanh(logits / cap) if isinstance(cap, Tensor) or cap else logits
 
 
+NORM_EPS = 1.2e-7  # fp32 machine epsilon; torch's default for a bf16 input would leave small embeddings unnormalised
+
+
+def norm(x: Tensor) -> Tensor:
+    """RMS norm over the last dimension, no weight."""
+    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate the first channels of each head, first half against second half; the rest carry no position. [T, H, E]"""
+    cos, sin = rope
+    half = cos.shape[-1]  # rotary channels are the first 2 * half
+    a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), -1)
+    return torch.cat(((a * cos + b * sin).to(x.dtype), (b * cos - a * sin).to(x.dtype), rest), -1)
+
+
+def heads_eager(qkv: Tensor, gain: Tensor, rope: tuple, counts: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The three parts of qkv [T, (H + 2K) E]; queries and keys normalised and rotated, queries times their head's gain."""
+    q, k, v = qkv.unflatten(-1, (sum(counts), -1)).split(counts, 1)
+    return rotate(norm(q), rope) * gain.to(q.dtype)[:, None], rotate(norm(k), rope), v
+
+
+def mix_norm_eager(x: Tensor, other: Tensor, keep: Tensor | None, add: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
+    """(y, norm(y) depth) of y = keep x + add other, a weight a channel; keep = None is 1. x, other [T, D]; keep, add [D]"""
+    y = (x if keep is None else keep.to(x.dtype) * x) + add.to(x.dtype) * other
+    return y, norm(y) * depth
+
+
+def head_nll_eager(h: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """Nats of targets under softcapped logits h W^T. h [T, D], weight [V, D] -> [T]"""
+    return softcapped_nll(F.linear(h, weight), targets, cap)
+
+
+if installed("triton"):
+    @triton.jit
+    def rope_tables(COS, SIN, row, live, E: tl.constexpr, HALF: tl.constexpr):
+        """Factor of a channel, factor of its partner, and the partner's channel where there is one (else 1, 0, masked)."""
+        e = tl.arange(0, E)[None, :]
+        at, turns = row * HALF + e % HALF, live & (e < 2 * HALF)
+        c, s = tl.load(COS + at, mask=turns, other=1.0), tl.load(SIN + at, mask=turns, other=0.0)
+        return c, tl.where(e < HALF, s, -s), tl.where(e < HALF, e + HALF, e - HALF), turns
+
+    @triton.jit
+    def heads_forward(QKV, GAIN, COS, SIN, Q, K, V, T, eps, H: tl.constexpr, KV: tl.constexpr, E: tl.constexpr,
+                      HALF: tl.constexpr, N: tl.constexpr):
+        """One program: N tokens of one head. A pair's other channel is read again, from the cache, instead of shuffled."""
+        t, head, e = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1), tl.arange(0, E)[None, :]
+        row, live = t.to(tl.int64)[:, None], (t < T)[:, None]
+        at = QKV + row * ((H + 2 * KV) * E) + head * E
+        x = tl.load(at + e, mask=live, other=0.0).to(tl.float32)
+        if head < H + KV:
+            c, s, partner, turns = rope_tables(COS, SIN, row, live, E, HALF)
+            r = tl.rsqrt(tl.sum(x * x, 1) / E + eps)[:, None]
+            x = r * (x * c + s * tl.load(at + partner, mask=turns, other=0.0).to(tl.float32))
+        if head < H:
+            x *= tl.load(GAIN + head).to(tl.float32)
+            tl.store(Q + (row * H + head) * E + e, x.to(Q.dtype.element_ty), mask=live)
+        elif head < H + KV:
+            tl.store(K + (row * KV + head - H) * E + e, x.to(K.dtype.element_ty), mask=live)
+        else:
+            tl.store(V + (row * KV + head - H - KV) * E + e, x.to(V.dtype.element_ty), mask=live)
+
+    @triton.jit
+    def heads_backward(QKV, GAIN, COS, SIN, DQ, DK, DV, DQKV, DGAIN, T, eps, H: tl.constexpr, KV: tl.constexpr,
+                       E: tl.constexpr, HALF: tl.constexpr, N: tl.constexpr):
+        """The turn back, then the gradient of the norm; DGAIN [blocks, H] holds sums over each program's tokens."""
+        t, head, e = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1), tl.arange(0, E)[None, :]
+        row, live = t.to(tl.int64)[:, None], (t < T)[:, None]
+        at = row * ((H + 2 * KV) * E) + head * E + e
+        if head >= H + KV:
+            dv = tl.load(DV + (row * KV + head - H - KV) * E + e, mask=live, other=0.0)
+            tl.store(DQKV + at, dv.to(DQKV.dtype.element_ty), mask=live)
+        else:
+            c, s, partner, turns = rope_tables(COS, SIN, row, live, E, HALF)
+            from_, gain = DK + (row * KV + head - H) * E, tl.full([], 1.0, tl.float32)
+            if head < H:
+                from_, gain = DQ + (row * H + head) * E, tl.load(GAIN + head).to(tl.float32)
+            g = (tl.load(from_ + e, mask=live, other=0.0).to(tl.float32) * c
+                 - s * tl.load(from_ + partner, mask=turns, other=0.0).to(tl.float32))
+            x = tl.load(QKV + at, mask=live, other=0.0).to(tl.float32)
+            r = tl.rsqrt(tl.sum(x * x, 1) / E + eps)[:, None]
+            along = tl.sum(g * x * r, 1)
+            tl.store(DQKV + at, (gain * r * (g - x * r * (along / E)[:, None])).to(DQKV.dtype.element_ty), mask=live)
+            if head < H:
+                tl.store(DGAIN + tl.program_id(0) * H + head, tl.sum(along, 0))
+
+    @triton.jit
+    def mixed_rows(X, OTHER, KEEP, ADD, i, T, eps, HAS: tl.constexpr, D: tl.constexpr, B: tl.constexpr, R: tl.constexpr):
+        """R rows of both inputs, their weights, y, its normalised form and what its norm was divided by."""
+        t, d = i * R + tl.arange(0, R), tl.arange(0, B)[None, :]
+        at, live = t.to(tl.int64)[:, None] * D + d, (t < T)[:, None] & (d < D)
+        x = tl.load(X + at, mask=live, other=0.0).to(tl.float32)
+        other = tl.load(OTHER + at, mask=live, other=0.0).to(tl.float32)
+        add = tl.load(ADD + d, mask=d < D, other=0.0).to(tl.float32)
+        keep = tl.load(KEEP + d, mask=d < D, other=0.0).to(tl.float32) if HAS else tl.full([1, B], 1.0, tl.float32)
+        y = keep * x + add * other
+        r = tl.rsqrt(tl.sum(y * y, 1) / D + eps)[:, None]
+        return at, live, x, other, keep, add, y, r
+
+    @triton.jit
+    def mix_norm_forward(X, OTHER, KEEP, ADD, DEPTH, Y, NORMED, T, eps, HAS: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
+                         R: tl.constexpr):
+        at, live, x, other, keep, add, y, r = mixed_rows(X, OTHER, KEEP, ADD, tl.program_id(0), T, eps, HAS, D, B, R)
+        tl.store(Y + at, y.to(Y.dtype.element_ty), mask=live)
+        tl.store(NORMED + at, (y * r * tl.load(DEPTH)).to(NORMED.dtype.element_ty), mask=live)
+
+    @triton.jit
+    def mix_norm_backward(X, OTHER, KEEP, ADD, DEPTH, DY, DN, DX, DOTHER, DKEEP, DADD, T, eps, HAS: tl.constexpr,
+                          D: tl.constexpr, B: tl.constexpr, R: tl.constexpr, ROUNDS: tl.constexpr):
+        """A program takes ROUNDS groups of rows and keeps the sums that the weights' gradients are made of."""
+        first, d, depth = tl.program_id(0), tl.arange(0, B), tl.load(DEPTH)
+        dkeep, dadd = tl.zeros([R, B], tl.float32), tl.zeros([R, B], tl.float32)
+        for i in range(ROUNDS):
+            group = first + i * tl.num_programs(0)
+            at, live, x, other, keep, add, y, r = mixed_rows(X, OTHER, KEEP, ADD, group, T, eps, HAS, D, B, R)
+            g = tl.load(DN + at, mask=live, other=0.0).to(tl.float32) * depth
+            g = r * (g - y * r * (tl.sum(g * y * r, 1) / D)[:, None])
+            g += tl.load(DY + at, mask=live, other=0.0).to(tl.float32)
+            tl.store(DX + at, (keep * g).to(DX.dtype.element_ty), mask=live)
+            tl.store(DOTHER + at, (add * g).to(DOTHER.dtype.element_ty), mask=live)
+            dadd += g * other
+            if HAS:
+                dkeep += g * x
+        tl.store(DADD + first * D + d, tl.sum(dadd, 0), mask=d < D)
+        if HAS:
+            tl.store(DKEEP + first * D + d, tl.sum(dkeep, 0), mask=d < D)
+
+    @triton.jit
+    def capped_nll(LOGITS, TARGETS, NLL, cap, V: tl.constexpr, B: tl.constexpr, SLOPE: tl.constexpr):
+        """One row: nats in one pass, since softcapped logits need no maximum; with SLOPE logits become d nats / d logits."""
+        row, c = tl.program_id(0).to(tl.int64), tl.arange(0, B)
+        at, own = LOGITS + row * V + c, c == tl.load(TARGETS + row)
+        t = 1 - 2 / (1 + tl.exp(2 / cap * tl.load(at, mask=c < V, other=0.0).to(tl.float32)))  # tanh
+        p = tl.where(c < V, tl.exp(cap * (t - 1)), 0.0)
+        total = tl.sum(p, 0)
+        tl.store(NLL + row, cap + tl.log(total) - tl.sum(tl.where(own, cap * t, 0.0), 0))
+        if SLOPE:
+            slope = (p * (1 / total) - tl.where(own, 1.0, 0.0)) * (1 - t * t)
+            tl.store(at, slope.to(LOGITS.dtype.element_ty), mask=c < V)
+
+
+# The fused forms as opaque operators, like FlashAttention-4 above: each stays one node of a compiled block. Between two
+# GEMMs they read and write every row once; what the inductor makes of the eager twins takes up to twice as long.
+@torch.library.custom_op("golf::heads", mutates_args=())
+def heads_op(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, heads: int, kv: int) -> tuple[Tensor, Tensor, Tensor]:
+    """heads_eager's three tensors, each contiguous; cos and sin [T, 1, rotary channels / 2]."""
+    T, E = len(qkv), qkv.shape[1] // (heads + 2 * kv)
+    q, k, v = (qkv.new_empty(T, n, E) for n in (heads, kv, kv))
+    heads_forward[triton.cdiv(T, 32), heads + 2 * kv](qkv, gain, cos, sin, q, k, v, T, NORM_EPS, H=heads, KV=kv, E=E,
+                                                      HALF=cos.shape[-1], N=32, num_warps=4)
+    return q, k, v
+
+
+@heads_op.register_fake
+def _(qkv, gain, cos, sin, heads, kv):
+    return tuple(qkv.new_empty(len(qkv), n, qkv.shape[1] // (heads + 2 * kv)) for n in (heads, kv, kv))
+
+
+@torch.library.custom_op("golf::heads_backward", mutates_args=())
+def heads_backward_op(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain: Tensor, cos: Tensor,
+                      sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of qkv and gain."""
+    T, heads, E = dq.shape
+    dqkv, sums = torch.empty_like(qkv), gain.new_empty(triton.cdiv(T, 32), heads, dtype=torch.float32)
+    heads_backward[len(sums), heads + 2 * dk.shape[1]](
+        qkv, gain, cos, sin, dq.contiguous(), dk.contiguous(), dv.contiguous(), dqkv, sums, T, NORM_EPS, H=heads,
+        KV=dk.shape[1], E=E, HALF=cos.shape[-1], N=32, num_warps=4)
+    return dqkv, sums.sum(0).to(gain.dtype)
+
+
+@heads_backward_op.register_fake
+def _(dq, dk, dv, qkv, gain, cos, sin):
+    return torch.empty_like(qkv), torch.empty_like(gain)
+
+
+def heads_save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+
+
+def heads_gradient(ctx, dq, dk, dv):
+    return *torch.ops.golf.heads_backward(dq, dk, dv, *ctx.saved_tensors), None, None, None, None
+
+
+heads_op.register_autograd(heads_gradient, setup_context=heads_save)
+
+
+@torch.library.custom_op("golf::mix_norm", mutates_args=())
+def mix_norm_op(x: Tensor, other: Tensor, keep: Tensor | None, add: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
+    """mix_norm_eager's two tensors."""
+    (T, D), (y, normed) = x.shape, (torch.empty_like(x), torch.empty_like(x))
+    mix_norm_forward[(triton.cdiv(T, 4),)](x, other, keep, add, depth, y, normed, T, NORM_EPS, HAS=keep is not None, D=D,
+                                           B=triton.next_power_of_2(D), R=4, num_warps=4)
+    return y, normed
+
+
+@mix_norm_op.register_fake
+def _(x, other, keep, add, depth):
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+@torch.library.custom_op("golf::mix_norm_backward", mutates_args=())
+def mix_norm_backward_op(dy: Tensor, dn: Tensor, x: Tensor, other: Tensor, keep: Tensor | None, add: Tensor,
+                         depth: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, other, keep (meaningless without keep) and add."""
+    (T, D), (dx, dother) = x.shape, (torch.empty_like(x), torch.empty_like(x))
+    groups = triton.cdiv(T, 4)
+    sums = add.new_empty(2, min(groups, 512), D, dtype=torch.float32)
+    mix_norm_backward[(sums.shape[1],)](
+        x, other, keep, add, depth, dy.contiguous(), dn.contiguous(), dx, dother, *sums, T, NORM_EPS, HAS=keep is not None, D=D,
+        B=triton.next_power_of_2(D), R=4, ROUNDS=triton.cdiv(groups, sums.shape[1]), num_warps=8)
+    dadd = sums[1].sum(0).to(add.dtype)
+    return dx, dother, sums[0].sum(0).to(add.dtype) if keep is not None else torch.empty_like(dadd), dadd
+
+
+@mix_norm_backward_op.register_fake
+def _(dy, dn, x, other, keep, add, depth):
+    return tuple(torch.empty_like(t) for t in (x, x, add, add))
+
+
+def mix_norm_save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def mix_norm_gradient(ctx, dy, dn):
+    dx, dother, dkeep, dadd = torch.ops.golf.mix_norm_backward(dy, dn, *ctx.saved_tensors)
+    return dx, dother, dkeep if ctx.needs_input_grad[2] else None, dadd, None
+
+
+mix_norm_op.register_autograd(mix_norm_gradient, setup_context=mix_norm_save)
+
+
+@torch.library.custom_op("golf::head_nll", mutates_args=())
+def head_nll_op(h: Tensor, weight: Tensor, targets: Tensor, cap: float, learns: bool) -> tuple[Tensor, Tensor]:
+    """head_nll_eager's nats, and where the head learns d nats / d logits [T, V], written over the logits."""
+    logits, nll = h @ weight.T, h.new_empty(len(h), dtype=torch.float32)
+    V = len(weight)
+    capped_nll[(len(h),)](logits, targets, nll, cap, V=V, B=triton.next_power_of_2(V), SLOPE=learns, num_warps=8)
+    return nll, logits if learns else logits.new_empty(0)
+
+
+@head_nll_op.register_fake
+def _(h, weight, targets, cap, learns):
+    return h.new_empty(len(h), dtype=torch.float32), h.new_empty(*((len(h), len(weight)) if learns else (0,)))
+
+
+@torch.library.custom_op("golf::head_nll_backward", mutates_args=())
+def head_nll_backward_op(grad: Tensor, h: Tensor, weight: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of h and weight; a token's own gradient is a factor of its row, so it goes to the narrow sides."""
+    grad = grad[:, None]
+    return ((slope @ weight) * grad).to(h.dtype), slope.T @ (h * grad).to(h.dtype)
+
+
+@head_nll_backward_op.register_fake
+def _(grad, h, weight, slope):
+    return torch.empty_like(h), torch.empty_like(weight)
+
+
+def head_nll_save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2], output[1])
+
+
+def head_nll_gradient(ctx, grad, _):
+    return *torch.ops.golf.head_nll_backward(grad, *ctx.saved_tensors), None, None, None
+
+
+head_nll_op.register_autograd(head_nll_gradient, setup_context=head_nll_save)
+
+
+def heads_fused(qkv: Tensor, gain: Tensor, rope: tuple, counts: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """heads_eager in one kernel each way. E a power of two."""
+    return torch.ops.golf.heads(qkv, gain, *rope, *counts[:2])
+
+
+def mix_norm_fused(x: Tensor, other: Tensor, keep: Tensor | None, add: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
+    """mix_norm_eager in one kernel each way."""
+    return torch.ops.golf.mix_norm(x, other, keep, add, depth)
+
+
+def head_nll_fused(h: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """head_nll_eager without fp32 logits in memory. cap > 0."""
+    return torch.ops.golf.head_nll(h, weight, targets, cap, torch.is_grad_enabled())[0]
+
+
+class Kernels(NamedTuple):
+    """The chosen form of every operation."""
+    attend: Callable = attention_sdpa
+    heads: Callable = heads_eager
+    mix_norm: Callable = mix_norm_eager
+    nll: Callable = head_nll_eager
+
+
+def choose_kernels(cfg: Config, run: Run) -> Kernels:
+    """Attention's backend, and the fused operations where Triton and a GPU are there (KERNELS)."""
+    attend, able = choose_attention(cfg, run), run.gpu and HAVE["triton"]
+    if cfg.kernels == "triton" and not able:
+        raise ConfigError("KERNELS=triton: Triton or a GPU is missing here")
+    fused = able and cfg.kernels != "eager"
+    whole = cfg.head_dim & (cfg.head_dim - 1) == 0  # a tile's sides are powers of two
+    run.log(f"kernels:{'triton' if fused else 'eager'}")
+    return Kernels(attend, heads_fused if fused and whole else heads_eager, mix_norm_fused if fused else mix_norm_eager,
+                   head_nll_fused if fused and cfg.logit_softcap else head_nll_eager)
+
+
 # Newton-Schulz coefficients (a, b, c) of X <- aX + (bA + cA^2)X, A = XX^T. Polar Express: per-iteration minimax
 # polynomials (arXiv 2505.16932, values as PR #1787 ran them); quintic: Jordan's single polynomial (Muon).
 POLAR = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061), (3.2858, -2.3681, 0.4645),
@@ -1559,14 +1865,6 @@ def orthogonalize(g: Tensor, coefficients: tuple) -> Tensor:
 # 7. LAYERS - the parts of a block. One Attention.forward serves training, scoring, test-time training, calibration and
 #    sampling. Weights are fp32 masters, cast where they are used. A forward asks `is not None`, never the config.
 # ----------------------------------------------------------------------------------------------------------------------
-NORM_EPS = 1.2e-7  # fp32 machine epsilon; torch's default for a bf16 input would leave small embeddings unnormalised
-
-
-def norm(x: Tensor) -> Tensor:
-    """RMS norm over the last dimension, no weight."""
-    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
-
-
 class Past(NamedTuple):
     """What one visit remembers of S documents: keys and values [S, cells, K, E], where they go on [S], cells in the ring."""
     k: Tensor
@@ -1627,14 +1925,6 @@ class Rotary(nn.Module):
     def forward(self, pos: Tensor) -> tuple[Tensor, Tensor]:
         angle = pos[:, None, None] * self.frequency.float()  # [T, 1, dims/2]
         return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the first channels of each head, first half against second half; the rest carry no position. [T, H, E]"""
-    cos, sin = rope
-    half = cos.shape[-1]  # rotary channels are the first 2 * half
-    a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), -1)
-    return torch.cat(((a * cos + b * sin).to(x.dtype), (b * cos - a * sin).to(x.dtype), rest), -1)
 
 
 def exclude_self(y: Tensor, v: Tensor) -> Tensor:
@@ -1708,7 +1998,7 @@ class OtherValues(NamedTuple):
 class Attention(nn.Module):
     """Grouped-query causal attention over segments, with normalised queries and keys."""
 
-    def __init__(self, cfg: Config, layer: int, attend: Callable):
+    def __init__(self, cfg: Config, layer: int, kernels: Kernels):
         super().__init__()
         self.heads = cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads
         self.qkv = Linear(sum(self.heads) * cfg.head_dim, cfg.model_dim)  # one GEMM; Muon sees three matrices (room 9)
@@ -1720,21 +2010,22 @@ class Attention(nn.Module):
         self.value_mix = ValueMix(cfg.value_residual) if cfg.value_residual != "none" and layer > 0 else None
         self.gives_values = cfg.value_residual != "none" and layer == 0
         self.value_scale = nn.Parameter(torch.empty(1)) if layer in cfg.value_layers else None
-        self.attend = attend  # the backend; chosen once, in room 6
+        self.kernels = kernels  # chosen once, in room 6
 
     def forward(self, x: Tensor, values: OtherValues, rope: tuple, cu: Tensor, longest: int, lora: VisitAdapters,
                 past: Past | None) -> tuple[Tensor, tuple]:
         """x [T, D] -> (output [T, D], what others want of it: (values for later layers, keys, values for the cache))."""
-        qkv = self.qkv(x).unflatten(-1, (sum(self.heads), -1)).split(self.heads, 1)  # [T, H + 2K, E] in its three parts
-        q, k, v = (corrected(y.flatten(1), x, pair).unflatten(1, (n, -1)) for y, n, pair in zip(qkv, self.heads, lora[:3]))
+        qkv = self.qkv(x)
+        if any(lora[:3]):  # adapters of queries, keys and values are three
+            parts = qkv.unflatten(-1, (sum(self.heads), -1)).split(self.heads, 1)
+            qkv = torch.cat([corrected(y.flatten(1), x, pair) for y, pair in zip(parts, lora[:3])], 1)
+        q, k, v = self.kernels.heads(qkv, self.q_gain, rope, self.heads)
         # before attention and XSA, so that both use one v
         if self.value_scale is not None:
             v = v + self.value_scale.to(v.dtype) * values.embedded.view_as(v)
         if self.value_mix is not None:
             v = self.value_mix(v, values.first)
-        q = rotate(norm(q), rope) * self.q_gain.to(x.dtype)[:, None]
-        k = rotate(norm(k), rope)
-        y = self.attend(q, k, v, cu, longest) if past is None else attention_cached(q, k, v, past)
+        y = self.kernels.attend(q, k, v, cu, longest) if past is None else attention_cached(q, k, v, past)
         if self.xsa:  # the same v that attention used
             y = exclude_self(y, v)
         if self.gate is not None:
@@ -1759,9 +2050,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, one after the other or side by side, on one stream or two lanes."""
 
-    def __init__(self, cfg: Config, layer: int, attend: Callable):
+    def __init__(self, cfg: Config, layer: int, kernels: Kernels):
         super().__init__()
-        self.attn, self.mlp = Attention(cfg, layer, attend), MLP(cfg)
+        self.attn, self.mlp, self.mix_norm = Attention(cfg, layer, kernels), MLP(cfg), kernels.mix_norm
         self.attn_scale = nn.Parameter(torch.empty(cfg.model_dim))
         self.mlp_scale = nn.Parameter(torch.empty(cfg.model_dim))
         self.resid_mix = nn.Parameter(torch.empty(2, cfg.model_dim))
@@ -1778,22 +2069,24 @@ class Block(nn.Module):
 
         Returns the new stream, the new second lane and what attention keeps. (Two lanes: PR #1204.)
         """
-        kept, fresh = self.resid_mix.to(x.dtype)  # starts as (1, 0): the stream alone
-        base = kept * x + fresh * x0  # every block may reach back to the input
-        a, keeps = self.attn(norm(base) * self.depth_scale, values, rope, cu, longest, lora, past)
-        a = self.attn_scale.to(x.dtype) * a
+        kept, fresh = self.resid_mix  # starts as (1, 0): the stream alone; every block may reach back to the input
+        base, seen = self.mix_norm(x, x0, kept, fresh, self.depth_scale)
+        a, keeps = self.attn(seen, values, rope, cu, longest, lora, past)
         if mix is not None:
             lane = x if lane is None else lane  # the first such visit splits the stream
-            b = self.mlp_out(lane, lora)  # the MLP reads its own lane, unmixed
+            a, b = self.attn_scale.to(x.dtype) * a, self.mlp_out(norm(lane) * self.depth_scale, lora)  # its own lane, unmixed
             resid, post = mix[0].to(x.dtype), mix[1].to(x.dtype)
             return (resid[0] * x + post[0, 0] * a + post[0, 1] * b,
                     resid[1] * lane + post[1, 0] * a + post[1, 1] * b, keeps)
-        x = base + a
-        x = x + self.mlp_out(base if self.abreast else x, lora)
+        if self.abreast:
+            x = base + self.attn_scale.to(x.dtype) * a  # and the MLP sees what attention saw
+        else:
+            x, seen = self.mix_norm(base, a, None, self.attn_scale, self.depth_scale)
+        x = x + self.mlp_out(seen, lora)
         return x if self.x0_scale is None else x + self.x0_scale.to(x.dtype) * x0, None, keeps
 
-    def mlp_out(self, x: Tensor, lora: VisitAdapters) -> Tensor:
-        return self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * self.depth_scale, lora.mlp)
+    def mlp_out(self, seen: Tensor, lora: VisitAdapters) -> Tensor:
+        return self.mlp_scale.to(seen.dtype) * self.mlp(seen, lora.mlp)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1941,15 +2234,17 @@ class SkipMerge(nn.Module):
 class Head(nn.Module):
     """Hidden states to nats: softcapped logits over the vocabulary, tied to the embedding or with an own weight."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, kernels: Kernels):
         super().__init__()
-        self.cap = cfg.logit_softcap
+        self.cap, self.plain_nll = cfg.logit_softcap, kernels.nll
         self.weight = None if cfg.tie_embeddings else nn.Parameter(torch.empty(cfg.vocab_size, cfg.model_dim))
 
     def forward(self, h: Tensor, targets: Tensor | None, tied: Tensor, tweak: HeadAdapters = HeadAdapters()) -> Tensor:
         """Per-token nats [T] fp32, or without targets the softcapped logits [T, V] fp32."""
-        weight = tied if self.weight is None else self.weight
-        logits = corrected(F.linear(h, weight.to(h.dtype)), h, tweak.low).float()  # bf16 products, fp32 from here
+        weight = (tied if self.weight is None else self.weight).to(h.dtype)
+        if targets is not None and targets.dim() == 1 and not any(t is not None for t in tweak):
+            return self.plain_nll(h, weight, targets, self.cap)
+        logits = corrected(F.linear(h, weight), h, tweak.low).float()  # bf16 products, fp32 from here
         if tweak.bias is not None:
             logits = (logits.unflatten(0, (len(tweak.bias), -1)) + tweak.bias[:, None]).flatten(0, 1)
         cap = self.cap
@@ -1969,12 +2264,12 @@ def call(module: nn.Module, *args):
 class GPT(nn.Module):
     """The language model over flat rows of segments."""
 
-    def __init__(self, cfg: Config, attend: Callable = attention_sdpa, dtype: torch.dtype = torch.float32):
+    def __init__(self, cfg: Config, kernels: Kernels = Kernels(), dtype: torch.dtype = torch.float32):
         super().__init__()
         self.input = InputEmbedding(cfg, dtype)
         self.value_embedding = ValueEmbedding(cfg) if cfg.value_layers else None
         self.rotary = Rotary(cfg.rotary_dims, cfg.rope_base)
-        self.blocks = nn.ModuleList(Block(cfg, i, attend) for i in range(cfg.num_layers))
+        self.blocks = nn.ModuleList(Block(cfg, i, kernels) for i in range(cfg.num_layers))
         self.plans = layer_plan(cfg, False), layer_plan(cfg, True)
         rows = len(self.plans[1]) // 2 if cfg.unet_skips != "none" else 0  # row k serves the k-th decoder visit
         self.skip = SkipMerge(rows, cfg.model_dim, cfg.unet_skips == "gated") if rows else None
@@ -1982,7 +2277,7 @@ class GPT(nn.Module):
         self.lane_resid = nn.Parameter(torch.empty(cfg.num_layers, 2)) if two else None
         self.lane_post = nn.Parameter(torch.empty(cfg.num_layers, 2, 2)) if two else None
         self.final_lane = {"attn": (1.0, 0.0), "mlp": (0.0, 1.0), "mean": (0.5, 0.5)}[cfg.parallel_final_lane]
-        self.head = Head(cfg)
+        self.head = Head(cfg, kernels)
         self.looping = False  # training turns it on, evaluation always has it on
         self.run: Callable = call  # compile_model may replace it
         self.renew: Callable = renew_rows  # the optimiser step of adapters, likewise
@@ -2643,6 +2938,22 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
             p.copy_(weights[n])
 
 
+def bare(source: str) -> str:
+    """Source without comments, docstrings and empty lines; otherwise as written, so that every Python reads and packs it alike."""
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            text = node.body[0]
+            lines[text.lineno - 1:text.end_lineno] = [""] * (text.end_lineno - text.lineno + 1)
+            if len(node.body) == 1:  # a body of nothing else
+                lines[text.lineno - 1] = " " * text.col_offset + "pass"
+    # positions of comments stay true in what is left
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT and lines[token.start[0] - 1]:
+            lines[token.start[0] - 1] = lines[token.start[0] - 1][:token.start[1]]
+    return "\n".join(line.rstrip() for line in lines if line.strip()) + "\n"
+
+
 def pack_code(source: str) -> bytes:
     """This file without comments and docstrings, compressed, as a Python file that runs: the code that is counted.
 
@@ -2650,11 +2961,7 @@ def pack_code(source: str) -> bytes:
     """
     if source.startswith(PACKED_MARK):
         return source.encode()
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    text = base64.b85encode(lzma.compress(ast.unparse(tree).encode(), preset=9 | lzma.PRESET_EXTREME)).decode()
+    text = base64.b85encode(lzma.compress(bare(source).encode(), preset=9 | lzma.PRESET_EXTREME)).decode()
     return (f"{PACKED_MARK}; the readable source is in the log of the run\n"
             "import base64,linecache,lzma\n"
             f"s=lzma.decompress(base64.b85decode({text!r})).decode()\n"
@@ -4011,7 +4318,7 @@ def describe_plan(model: GPT, cfg: Config, run: Run) -> None:
 
 def build_model(cfg: Config, run: Run) -> GPT:
     """Initialised model on this rank's device, attention chosen, compilation arranged."""
-    model = GPT(cfg, choose_attention(cfg, run), run.dtype)
+    model = GPT(cfg, choose_kernels(cfg, run), run.dtype)
     initialize(model, cfg)
     model.to(run.device)
     compile_model(model, cfg, run)

@@ -27,7 +27,7 @@ def quiet_run(cfg):
 
 def lively(cfg, attend=None, looping=True, dtype=torch.float32, spread=0.2):
     """A model with noise on every parameter, so that all of its paths carry signal."""
-    model = tg.GPT(cfg, attend or tg.attention_sdpa, dtype)
+    model = tg.GPT(cfg, tg.Kernels(attend or tg.attention_sdpa), dtype)
     tg.initialize(model, cfg)
     rng = torch.Generator().manual_seed(1)
     with torch.no_grad():

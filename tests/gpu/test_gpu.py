@@ -96,11 +96,45 @@ def test_recorded_steps_give_the_same_digits(tmp_path, monkeypatch):
     assert (recorded.nats == plain.nats).all()
 
 
-def test_compiled_equals_eager(run):
-    """Loss and gradients of the compiled record network against the same weights run eagerly, both plans."""
-    grads, scope = {}, "block"
-    for how in ("none", scope):
-        cfg = tg.load_config({"COMPILE_SCOPE": how, "NUM_LAYERS": "11"}, True)
+def fused_cases():
+    """name -> (fused, eager, inputs): bf16 on the GPU, odd numbers of rows, widths that fill no tile."""
+    def random(*shape):
+        return torch.randn(*shape, device="cuda")
+
+    torch.manual_seed(0)
+    rope = tg.Rotary(16, 1e4).cuda()(torch.arange(1003, device="cuda") % 700)
+    depth, targets = torch.tensor(0.5, device="cuda"), torch.randint(0, 8192, (1003,), device="cuda")
+    qkv, gain, wide = random(1003, 1024).bfloat16(), random(8), [random(5003, 544).bfloat16() for _ in "xy"]
+    heads = [lambda a, b, f=f: f(a, b, rope, (8, 4, 4)) for f in (tg.heads_fused, tg.heads_eager)]
+    mixed = [lambda *a, f=f: f(*a, depth) for f in (tg.mix_norm_fused, tg.mix_norm_eager)]
+    added = [lambda x, y, s, f=f: f(x, y, None, s, depth) for f in (tg.mix_norm_fused, tg.mix_norm_eager)]
+    nats = [lambda h, w, f=f: f(h, w, targets, 30.0) for f in (tg.head_nll_fused, tg.head_nll_eager)]
+    return {"heads": (*heads, [qkv, gain]), "mix_norm": (*mixed, [*wide, random(544), random(544)]),
+            "add_norm": (*added, [*wide, random(544)]),
+            "nll": (*nats, [(2 * random(1003, 512)).bfloat16(), (0.2 * random(8192, 512)).bfloat16()])}
+
+
+@pytest.mark.parametrize("name", ["heads", "mix_norm", "add_norm", "nll"])
+def test_fused_operation_equals_its_eager_twin_in_fp32(name, run):
+    fused, eager, inputs = fused_cases()[name]
+    results = []
+    for f, wide in ((fused, False), (eager, True)):
+        mine = [x.float().requires_grad_() if wide else x.clone().requires_grad_() for x in inputs]
+        out = f(*mine)
+        out = out if isinstance(out, tuple) else (out,)
+        torch.manual_seed(1)
+        grads = [torch.randn(o.shape, device="cuda").to(o.dtype) for o in out]
+        results.append([*out, *torch.autograd.grad(out, mine, grads)])
+    for got, reference in zip(*results):
+        assert torch.isfinite(got).all() and relative(got, reference) < 1e-2
+
+
+@pytest.mark.parametrize("scope, kernels", [("none", "triton"), ("block", "triton")])
+def test_compiled_and_fused_equal_eager(scope, kernels, run):
+    """Loss and gradients of the record network against the same weights run eagerly without our kernels, both plans."""
+    grads = {}
+    for how in (("none", "eager"), (scope, kernels)):
+        cfg = tg.load_config({"COMPILE_SCOPE": how[0], "KERNELS": how[1], "NUM_LAYERS": "11"}, True)
         model = tg.build_model(cfg, run)
         with torch.no_grad():  # off the identity start, so that every path carries signal
             torch.manual_seed(1)
@@ -118,6 +152,6 @@ def test_compiled_equals_eager(run):
             for p in model.parameters():
                 p.grad = None
     for looping in (False, True):
-        a, b = grads["none", looping], grads[scope, looping]
+        a, b = grads[("none", "eager"), looping], grads[(scope, kernels), looping]
         assert abs(float(a[0] - b[0])) < 5e-3
         assert relative(torch.cat([x.flatten() for x in a[1:]]), torch.cat([x.flatten() for x in b[1:]])) < 5e-2
