@@ -2288,7 +2288,8 @@ class GPT(nn.Module):
         With a memory, rows are slots' next tokens: their adapters act, and attention also sees their cached past.
         """
         run = self.run if memory is None else call  # rows of slots come in many shapes, and are replayed instead
-        x0 = x = run(self.input, ids, pos)  # kept: every block mixes it in again
+        x0 = run(self.input, ids, pos)  # kept: every block mixes it in again
+        x = x0.view_as(x0)  # two tensors: torch 2.13 fails on a later shape of a block that got one twice
         if memory is not None:
             x0, pos, ids = memory.drop_lead(x0), memory.drop_lead(pos), memory.drop_lead(ids)
             x = x0
@@ -3502,14 +3503,20 @@ class Adapter:
         kinds = {"sgd": lambda ps: torch.optim.SGD(ps, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum),
                  "adamw": lambda ps: torch.optim.AdamW(ps, lr=cfg.ttt_lr, weight_decay=0.0)}
         self.optimizer = kinds[cfg.ttt_optimizer](self.params)
+        self.row, self.mask = None, None  # where a recorded row finds its tokens and its weights
+        self.grads = [torch.zeros_like(p) for p in self.params]
+        self.replay = Replay(self.add_gradient, run.gpu, None)
 
     def __enter__(self):
         for p in self.still:
             p.requires_grad_(False)
+        for p, g in zip(self.params, self.grads):
+            p.grad = g
         return self
 
     def __exit__(self, *error):
-        """Give the model back as it was."""
+        """Give the model back as it was, and the recorded row's memory."""
+        self.row = self.replay = None
         for p in self.still:
             p.requires_grad_(True)
         for p, s in zip(self.params, self.saved):
@@ -3549,15 +3556,13 @@ class Adapter:
         """One step on order[begin:end]. Rows are dealt to ranks; a short one is padded and masked."""
         # as many rows on one rank as on eight: the same products in the same shapes, so the same digits
         width = min(max(self.cfg.eval_seq_len, self.cfg.ttt_batch_tokens // self.ROWS), self.cfg.ttt_batch_tokens)
-        self.optimizer.zero_grad(set_to_none=True)
+        torch._foreach_zero_(self.grads)
         at = self.order[begin:end]
         weight = self.val.bytes[at] if self.cfg.ttt_byte_weighted else np.ones(len(at))
         for i, first in enumerate(range(0, len(at), width)):
             if i % self.run.world == self.run.rank:
                 self.accumulate(at[first:first + width], weight[first:first + width] / max(weight.sum(), 1), width)
-        for p in self.params:  # a rank without a row adds nothing
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        self.run.sum_all_([p.grad for p in self.params])
+        self.run.sum_all_(self.grads)  # a rank without a row adds nothing
         if self.cfg.ttt_grad_clip:
             torch.nn.utils.clip_grad_norm_(self.params, self.cfg.ttt_grad_clip)
         self.optimizer.step()
@@ -3572,11 +3577,22 @@ class Adapter:
         cu = cut_segments(ids, np.union1d(pieces, jumps), self.cfg.eval_seq_len, self.val.isolate)
         batch = make_batch(ids, targets, cu, self.cfg.eval_seq_len, self.run, self.room(width))
         mask = torch.from_numpy(np.pad(weight, (0, pad)).astype(np.float32)).to(self.run.device)  # padding earns no gradient
-        (self.model.nll(*batch) * mask).sum().backward()
+        if self.row is None or self.row.cu.shape != batch.cu.shape:
+            self.row, self.mask, self.replay = batch, mask, Replay(self.add_gradient, self.run.gpu, None)
+        for static, fresh in zip((*self.row[:4], self.mask), (*batch[:4], mask)):
+            static.copy_(fresh)
+        self.replay()
+
+    def add_gradient(self) -> None:
+        """Gradient of the row's weighted nats, added to what the step has so far."""
+        loss = (self.model.nll(*self.row) * self.mask).sum()
+        found = torch.autograd.grad(loss, self.params, allow_unused=True)  # an idle skip row has none
+        pairs = [(g, f) for g, f in zip(self.grads, found) if f is not None]
+        torch._foreach_add_(*map(list, zip(*pairs)))
 
     def room(self, width: int) -> int:
-        """Static number of segments on a GPU, enough for a document every 32 tokens; more would only recompile."""
-        return max(64, width // 32) if self.run.gpu else 0
+        """Static number of segments on a GPU, for a document every 32 tokens or what a row has needed so far."""
+        return max(64, width // 32, len(self.row.cu) - 1 if self.row else 0) if self.run.gpu else 0
 
 
 def group_chunks(windows: np.ndarray, tokens: int) -> list[np.ndarray]:
@@ -4162,8 +4178,8 @@ def train(model: GPT, cfg: Config, run: Run, stream: TrainStream, val: Validatio
         watch.drain(keep=1)
         checkpoints.release(step - len(watch.pending))
         now = run.agree(run.clock.read("train"))
-        # two steps: the one in flight and the next
-        stop = step >= cfg.iterations or cfg.timed and now + 2 * watch.pace() > limit
+        # two steps, the one in flight and the next; with a pace of its own a rank would part from the others at the last one
+        stop = step >= cfg.iterations or cfg.timed and now + 2 * run.agree(watch.pace()) > limit
 
         # --------------- VALIDATE (training clock stopped) ---------------
         if cfg.val_loss_every and step and step % cfg.val_loss_every == 0 and not stop:

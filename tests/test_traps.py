@@ -366,3 +366,23 @@ def test_a_score_on_casefolded_text_says_so(corpus, tmp_path):
     path.write_bytes(tg.build_artifact(quantizer.solve()[0], quantizer.kept, {}, ["zlib"])[0])
     tg.job(cfg, run, {"path": path, "data": path.read_bytes(), "manifest": {"validation": {}}})
     assert re.fullmatch("verdict: .*; but LOSSY data .casefold.*", run.path(".txt").read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize("extra", [0.0, 0.4])
+def test_ranks_end_training_at_the_same_step(extra, shards, tmp_path, monkeypatch):
+    """Each rank has a clock and a pace of its own; rank 0's are what all stop by."""
+    cfg = toy("record", ITERATIONS=10000, MAX_WALLCLOCK_SECONDS=1.0, QUANTIZER="rtn", DATA_PATH=shards)
+    told, steps = [], []
+
+    def end(agree, pace):
+        run = make_run(tmp_path, cfg)
+        run.agree = agree
+        monkeypatch.setattr(tg.Watch, "pace", pace)
+        monkeypatch.setattr(tg, "report_training", lambda *args: steps.append(args[-1]))
+        tg.train(tg.build_model(cfg, run), cfg, run, tg.TrainStream(cfg, run), tg.ValidationSet(cfg, TOKENIZER))
+
+    pace = tg.Watch.pace
+    end(lambda value: told.append(value) or value, pace)
+    replies = iter(told)
+    end(lambda value: next(replies), lambda self: pace(self) + extra)
+    assert steps[0] == steps[1]
