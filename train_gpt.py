@@ -10,6 +10,7 @@ Claim: none on FineWeb yet. What was measured, on what and how often, stands in 
     MODE=sample SAMPLE_PROMPT="The" python train_gpt.py                     text from the newest artifact
     MODE=config python train_gpt.py                                  resolved config, layer plan and size; no data, no GPU
     MODE=doctor python train_gpt.py                                  what this machine has, and how many steps it would make
+    MODE=bench  python train_gpt.py                                  the time of every part beside its floor (records/bench.py)
 
 Every knob is an environment variable, declared once in room 2; a mistyped one stops the run. A room uses only rooms above:
      1 imports    2 config     3 runtime   4 bytes     5 data          6 kernels     7 layers    8 model     9 parameters
@@ -113,7 +114,7 @@ def knob(default, sentence: str, choices: tuple = (), low: float | None = None, 
 @dataclass(frozen=True)
 class RunKnobs:
     """What to do, where things lie, and how long it may take."""
-    mode: str = knob("train", "what this process does", ("train", "eval", "pack", "sample", "config", "doctor"))
+    mode: str = knob("train", "what this process does", ("train", "eval", "pack", "sample", "config", "doctor", "bench"))
     preset: str = knob("", "table of overrides; empty: record with a GPU, smoke without",
                        ("", "record", "baseline", "pr413", "pr430", "pr490", "pr1880", "pr1693", "pr1855", "pr2135", "smoke"))
     run_id: str = knob("", "name of the run's files; empty: time and a random suffix")
@@ -578,18 +579,6 @@ def shell_environment() -> dict:
     """The process environment, read here and nowhere else."""
     return dict(os.environ)
 
-
-def knob_table() -> str:
-    """The knobs as a Markdown table, as README.md carries it (a test keeps the two equal)."""
-    rows = ["| knob | default | what it does |", "|---|---|---|"]
-    for group in (RunKnobs, DataKnobs, ModelKnobs, OptimKnobs, PackKnobs):
-        rows.append(f"| **{group.__name__.removesuffix('Knobs')}** | | {group.__doc__} |")
-        for f in dataclasses.fields(group):
-            options = ", ".join(c for c in f.metadata["choices"] if c)
-            default = int(f.default) if isinstance(f.default, bool) else f.default
-            rows.append(f"| `{f.name.upper()}` | `{default}` | {f.metadata['doc']}{f' ({options})' if options else ''} |")
-    return "\n".join(rows)
-
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. RUNTIME - where this process runs and what it tells: ranks, device, log and JSONL, two budget clocks made of named
 #    spans that add up to the wall time, atomic files, signals. Only this room prints, and only it knows the time.
@@ -681,19 +670,6 @@ class Run:
     @property
     def gpu(self) -> bool:
         return self.device.type == "cuda"
-
-    def describe_devices(self) -> list[str]:
-        """What this node has: GPUs, NCCL, shared memory, processor."""
-        lines = [f"processor: {os.cpu_count()} cores, {torch.get_num_threads()} threads a rank"]
-        if Path("/dev/shm").is_dir():
-            room = os.statvfs("/dev/shm")  # NCCL and data loaders fail obscurely where it is small
-            lines.append(f"shared memory: {room.f_bavail * room.f_frsize >> 20} MiB free")
-        if self.gpu:
-            lines.append(f"nccl: {'.'.join(map(str, torch.cuda.nccl.version()))} over {self.world} ranks")
-            cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-            lines += [f"gpu {i}: {c.name} {c.total_memory >> 20} MiB {c.multi_processor_count} multiprocessors"
-                      for i, c in enumerate(cards)]
-        return lines
 
     def place(self, rows: list[Tensor]) -> list[Tensor]:
         """Host tensors on this rank's device, copied behind the host's back where the device allows it."""
@@ -820,6 +796,17 @@ def start_tracker(run: Run, cfg: Config) -> None:
     with open(run.path(".track.txt"), "w") as said:  # a session of its own: Ctrl-C here must not cut off the last lines
         subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
     run.log(f"track:{cfg.track}, its words are in {run.path('.track.txt')}")
+
+
+def tool(folder: str, name: str):
+    """A script of the checkout beside this file, as a module: what a run can do without is neither counted nor shipped."""
+    path = Path(__file__).resolve().parent / folder / f"{name}.py"
+    if not path.is_file():
+        raise SystemExit(f"{path} is missing; run from a checkout")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def sha256(data: bytes) -> str:
@@ -1188,14 +1175,8 @@ def describe_data(manifest: dict) -> str:
 
 def build_local_corpus(cfg: Config, run: Run) -> None:
     """Make the small corpus from text already on this machine (data/local_corpus.py) where it is not there yet."""
-    script = Path(__file__).resolve().parent / "data" / "local_corpus.py"
     if run.main and not (cfg.dataset / "manifest.json").is_file():
-        if not script.is_file():
-            raise SystemExit(f"{cfg.dataset} is missing, and so is {script}, which would build it")
-        spec = importlib.util.spec_from_file_location("local_corpus", script)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        module.build(cfg.dataset.parent.parent, cfg.vocab_size, log=run.log)
+        tool("data", "local_corpus").build(cfg.dataset.parent.parent, cfg.vocab_size, log=run.log)
     run.agree(0.0)  # the other ranks wait for the files
 
 
@@ -1246,9 +1227,19 @@ def attention_fa3(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> 
     return out[0] if isinstance(out, tuple) else out
 
 
+def operator(name: str, like: Callable) -> Callable:
+    """Register a function as one opaque node of compiled graphs; `like` makes its outputs' shapes from its arguments."""
+    def register(f):
+        op = torch.library.custom_op(f"golf::{name}", f, mutates_args=())
+        op.register_fake(like)
+        return op
+    return register
+
+
 # FlashAttention-4 compiles its own kernels at run time, which torch.compile cannot look into: as two opaque operators
 # with known output shapes it stays one node of the graph, forward and backward.
-@torch.library.custom_op("golf::fa4", mutates_args=())
+@operator("fa4", lambda q, k, v, cu, longest: (torch.empty_like(q, memory_format=torch.contiguous_format),
+                                               q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)))
 def fa4_op(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     """Output [T, H, E] and log-sum-exp [H, T]."""
     from flash_attn.cute.interface import _flash_attn_fwd
@@ -1257,12 +1248,8 @@ def fa4_op(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> tuple[T
                                  causal=True, return_lse=True)[:2])
 
 
-@fa4_op.register_fake
-def _(q, k, v, cu, longest):
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-
-
-@torch.library.custom_op("golf::fa4_backward", mutates_args=())
+@operator("fa4_backward", lambda grad, q, k, v, *rest: tuple(
+    torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)))
 def fa4_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu: Tensor,
                     longest: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
@@ -1270,11 +1257,6 @@ def fa4_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
     return tuple(_flash_attn_bwd(q, k, v, out, grad.contiguous(), lse, causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu,
                                  max_seqlen_q=longest, max_seqlen_k=longest,
                                  deterministic=torch.are_deterministic_algorithms_enabled())[:3])
-
-
-@fa4_backward_op.register_fake
-def _(grad, q, k, v, out, lse, cu, longest):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
 def fa4_save(ctx, inputs, output):
@@ -1559,12 +1541,6 @@ def heads_eager(qkv: Tensor, gain: Tensor, rope: tuple, counts: tuple[int, int, 
     return rotate(norm(q), rope) * gain.to(q.dtype)[:, None], rotate(norm(k), rope), v
 
 
-def mix_norm_eager(x: Tensor, other: Tensor, keep: Tensor | None, add: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
-    """(y, norm(y) depth) of y = keep x + add other, a weight a channel; keep = None is 1. x, other [T, D]; keep, add [D]"""
-    y = (x if keep is None else keep.to(x.dtype) * x) + add.to(x.dtype) * other
-    return y, norm(y) * depth
-
-
 def head_nll_eager(h: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
     """Nats of targets under softcapped logits h W^T. h [T, D], weight [V, D] -> [T]"""
     return softcapped_nll(F.linear(h, weight), targets, cap)
@@ -1591,6 +1567,7 @@ if installed("triton"):
             c, s, partner, turns = rope_tables(COS, SIN, row, live, E, HALF)
             r = tl.rsqrt(tl.sum(x * x, 1) / E + eps)[:, None]
             x = r * (x * c + s * tl.load(at + partner, mask=turns, other=0.0).to(tl.float32))
+        # a program's head is wholly a query, a key or a value: no thread diverges here
         if head < H:
             x *= tl.load(GAIN + head).to(tl.float32)
             tl.store(Q + (row * H + head) * E + e, x.to(Q.dtype.element_ty), mask=live)
@@ -1618,69 +1595,31 @@ if installed("triton"):
                  - s * tl.load(from_ + partner, mask=turns, other=0.0).to(tl.float32))
             x = tl.load(QKV + at, mask=live, other=0.0).to(tl.float32)
             r = tl.rsqrt(tl.sum(x * x, 1) / E + eps)[:, None]
+            # sum of d (R n) is sum of (R^T d) n: what the turn back has made serves the gain's gradient too
             along = tl.sum(g * x * r, 1)
             tl.store(DQKV + at, (gain * r * (g - x * r * (along / E)[:, None])).to(DQKV.dtype.element_ty), mask=live)
             if head < H:
                 tl.store(DGAIN + tl.program_id(0) * H + head, tl.sum(along, 0))
 
     @triton.jit
-    def mixed_rows(X, OTHER, KEEP, ADD, i, T, eps, HAS: tl.constexpr, D: tl.constexpr, B: tl.constexpr, R: tl.constexpr):
-        """R rows of both inputs, their weights, y, its normalised form and what its norm was divided by."""
-        t, d = i * R + tl.arange(0, R), tl.arange(0, B)[None, :]
-        at, live = t.to(tl.int64)[:, None] * D + d, (t < T)[:, None] & (d < D)
-        x = tl.load(X + at, mask=live, other=0.0).to(tl.float32)
-        other = tl.load(OTHER + at, mask=live, other=0.0).to(tl.float32)
-        add = tl.load(ADD + d, mask=d < D, other=0.0).to(tl.float32)
-        keep = tl.load(KEEP + d, mask=d < D, other=0.0).to(tl.float32) if HAS else tl.full([1, B], 1.0, tl.float32)
-        y = keep * x + add * other
-        r = tl.rsqrt(tl.sum(y * y, 1) / D + eps)[:, None]
-        return at, live, x, other, keep, add, y, r
-
-    @triton.jit
-    def mix_norm_forward(X, OTHER, KEEP, ADD, DEPTH, Y, NORMED, T, eps, HAS: tl.constexpr, D: tl.constexpr, B: tl.constexpr,
-                         R: tl.constexpr):
-        at, live, x, other, keep, add, y, r = mixed_rows(X, OTHER, KEEP, ADD, tl.program_id(0), T, eps, HAS, D, B, R)
-        tl.store(Y + at, y.to(Y.dtype.element_ty), mask=live)
-        tl.store(NORMED + at, (y * r * tl.load(DEPTH)).to(NORMED.dtype.element_ty), mask=live)
-
-    @triton.jit
-    def mix_norm_backward(X, OTHER, KEEP, ADD, DEPTH, DY, DN, DX, DOTHER, DKEEP, DADD, T, eps, HAS: tl.constexpr,
-                          D: tl.constexpr, B: tl.constexpr, R: tl.constexpr, ROUNDS: tl.constexpr):
-        """A program takes ROUNDS groups of rows and keeps the sums that the weights' gradients are made of."""
-        first, d, depth = tl.program_id(0), tl.arange(0, B), tl.load(DEPTH)
-        dkeep, dadd = tl.zeros([R, B], tl.float32), tl.zeros([R, B], tl.float32)
-        for i in range(ROUNDS):
-            group = first + i * tl.num_programs(0)
-            at, live, x, other, keep, add, y, r = mixed_rows(X, OTHER, KEEP, ADD, group, T, eps, HAS, D, B, R)
-            g = tl.load(DN + at, mask=live, other=0.0).to(tl.float32) * depth
-            g = r * (g - y * r * (tl.sum(g * y * r, 1) / D)[:, None])
-            g += tl.load(DY + at, mask=live, other=0.0).to(tl.float32)
-            tl.store(DX + at, (keep * g).to(DX.dtype.element_ty), mask=live)
-            tl.store(DOTHER + at, (add * g).to(DOTHER.dtype.element_ty), mask=live)
-            dadd += g * other
-            if HAS:
-                dkeep += g * x
-        tl.store(DADD + first * D + d, tl.sum(dadd, 0), mask=d < D)
-        if HAS:
-            tl.store(DKEEP + first * D + d, tl.sum(dkeep, 0), mask=d < D)
-
-    @triton.jit
     def capped_nll(LOGITS, TARGETS, NLL, cap, V: tl.constexpr, B: tl.constexpr, SLOPE: tl.constexpr):
         """One row: nats in one pass, since softcapped logits need no maximum; with SLOPE logits become d nats / d logits."""
         row, c = tl.program_id(0).to(tl.int64), tl.arange(0, B)
-        at, own = LOGITS + row * V + c, c == tl.load(TARGETS + row)
-        t = 1 - 2 / (1 + tl.exp(2 / cap * tl.load(at, mask=c < V, other=0.0).to(tl.float32)))  # tanh
-        p = tl.where(c < V, tl.exp(cap * (t - 1)), 0.0)
+        at, target = LOGITS + row * V, tl.load(TARGETS + row)
+        short = 2 / (1 + tl.exp(2 / cap * tl.load(at + c, mask=c < V, other=0.0).to(tl.float32)))  # 1 - tanh(logit / cap)
+        p = tl.where(c < V, tl.exp(-cap * short), 0.0)
+        own = 2 / (1 + tl.exp(2 / cap * tl.load(at + target).to(tl.float32)))  # read before the row is written over
         total = tl.sum(p, 0)
-        tl.store(NLL + row, cap + tl.log(total) - tl.sum(tl.where(own, cap * t, 0.0), 0))
+        tl.store(NLL + row, tl.log(total) + cap * own)
         if SLOPE:
-            slope = (p * (1 / total) - tl.where(own, 1.0, 0.0)) * (1 - t * t)
-            tl.store(at, slope.to(LOGITS.dtype.element_ty), mask=c < V)
+            slope = (p * (1 / total) - tl.where(c == target, 1.0, 0.0)) * short * (2 - short)
+            tl.store(at + c, slope.to(LOGITS.dtype.element_ty), mask=c < V)
 
 
 # The fused forms as opaque operators, like FlashAttention-4 above: each stays one node of a compiled block. Between two
 # GEMMs they read and write every row once; what the inductor makes of the eager twins takes up to twice as long.
-@torch.library.custom_op("golf::heads", mutates_args=())
+@operator("heads", lambda qkv, gain, cos, sin, heads, kv: tuple(
+    qkv.new_empty(len(qkv), n, qkv.shape[1] // (heads + 2 * kv)) for n in (heads, kv, kv)))
 def heads_op(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, heads: int, kv: int) -> tuple[Tensor, Tensor, Tensor]:
     """heads_eager's three tensors, each contiguous; cos and sin [T, 1, rotary channels / 2]."""
     T, E = len(qkv), qkv.shape[1] // (heads + 2 * kv)
@@ -1690,12 +1629,7 @@ def heads_op(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, heads: int, kv
     return q, k, v
 
 
-@heads_op.register_fake
-def _(qkv, gain, cos, sin, heads, kv):
-    return tuple(qkv.new_empty(len(qkv), n, qkv.shape[1] // (heads + 2 * kv)) for n in (heads, kv, kv))
-
-
-@torch.library.custom_op("golf::heads_backward", mutates_args=())
+@operator("heads_backward", lambda dq, dk, dv, qkv, gain, *rest: (torch.empty_like(qkv), torch.empty_like(gain)))
 def heads_backward_op(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain: Tensor, cos: Tensor,
                       sin: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of qkv and gain."""
@@ -1705,11 +1639,6 @@ def heads_backward_op(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain: Ten
         qkv, gain, cos, sin, dq.contiguous(), dk.contiguous(), dv.contiguous(), dqkv, sums, T, NORM_EPS, H=heads,
         KV=dk.shape[1], E=E, HALF=cos.shape[-1], N=32, num_warps=4)
     return dqkv, sums.sum(0).to(gain.dtype)
-
-
-@heads_backward_op.register_fake
-def _(dq, dk, dv, qkv, gain, cos, sin):
-    return torch.empty_like(qkv), torch.empty_like(gain)
 
 
 def heads_save(ctx, inputs, output):
@@ -1723,75 +1652,23 @@ def heads_gradient(ctx, dq, dk, dv):
 heads_op.register_autograd(heads_gradient, setup_context=heads_save)
 
 
-@torch.library.custom_op("golf::mix_norm", mutates_args=())
-def mix_norm_op(x: Tensor, other: Tensor, keep: Tensor | None, add: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
-    """mix_norm_eager's two tensors."""
-    (T, D), (y, normed) = x.shape, (torch.empty_like(x), torch.empty_like(x))
-    mix_norm_forward[(triton.cdiv(T, 4),)](x, other, keep, add, depth, y, normed, T, NORM_EPS, HAS=keep is not None, D=D,
-                                           B=triton.next_power_of_2(D), R=4, num_warps=4)
-    return y, normed
-
-
-@mix_norm_op.register_fake
-def _(x, other, keep, add, depth):
-    return torch.empty_like(x), torch.empty_like(x)
-
-
-@torch.library.custom_op("golf::mix_norm_backward", mutates_args=())
-def mix_norm_backward_op(dy: Tensor, dn: Tensor, x: Tensor, other: Tensor, keep: Tensor | None, add: Tensor,
-                         depth: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, other, keep (meaningless without keep) and add."""
-    (T, D), (dx, dother) = x.shape, (torch.empty_like(x), torch.empty_like(x))
-    groups = triton.cdiv(T, 4)
-    sums = add.new_empty(2, min(groups, 512), D, dtype=torch.float32)
-    mix_norm_backward[(sums.shape[1],)](
-        x, other, keep, add, depth, dy.contiguous(), dn.contiguous(), dx, dother, *sums, T, NORM_EPS, HAS=keep is not None, D=D,
-        B=triton.next_power_of_2(D), R=4, ROUNDS=triton.cdiv(groups, sums.shape[1]), num_warps=8)
-    dadd = sums[1].sum(0).to(add.dtype)
-    return dx, dother, sums[0].sum(0).to(add.dtype) if keep is not None else torch.empty_like(dadd), dadd
-
-
-@mix_norm_backward_op.register_fake
-def _(dy, dn, x, other, keep, add, depth):
-    return tuple(torch.empty_like(t) for t in (x, x, add, add))
-
-
-def mix_norm_save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
-def mix_norm_gradient(ctx, dy, dn):
-    dx, dother, dkeep, dadd = torch.ops.golf.mix_norm_backward(dy, dn, *ctx.saved_tensors)
-    return dx, dother, dkeep if ctx.needs_input_grad[2] else None, dadd, None
-
-
-mix_norm_op.register_autograd(mix_norm_gradient, setup_context=mix_norm_save)
-
-
-@torch.library.custom_op("golf::head_nll", mutates_args=())
+@operator("head_nll", lambda h, weight, targets, cap, learns: (
+    h.new_empty(len(h), dtype=torch.float32), h.new_empty(*((len(h), len(weight)) if learns else (0,)))))
 def head_nll_op(h: Tensor, weight: Tensor, targets: Tensor, cap: float, learns: bool) -> tuple[Tensor, Tensor]:
     """head_nll_eager's nats, and where the head learns d nats / d logits [T, V], written over the logits."""
+    # the only tensor of this width: 2 GB in bf16 for 131,072 tokens
     logits, nll = h @ weight.T, h.new_empty(len(h), dtype=torch.float32)
     V = len(weight)
     capped_nll[(len(h),)](logits, targets, nll, cap, V=V, B=triton.next_power_of_2(V), SLOPE=learns, num_warps=8)
     return nll, logits if learns else logits.new_empty(0)
 
 
-@head_nll_op.register_fake
-def _(h, weight, targets, cap, learns):
-    return h.new_empty(len(h), dtype=torch.float32), h.new_empty(*((len(h), len(weight)) if learns else (0,)))
-
-
-@torch.library.custom_op("golf::head_nll_backward", mutates_args=())
+@operator("head_nll_backward", lambda grad, h, weight, slope: (torch.empty_like(h), torch.empty_like(weight)))
 def head_nll_backward_op(grad: Tensor, h: Tensor, weight: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of h and weight; a token's own gradient is a factor of its row, so it goes to the narrow sides."""
     grad = grad[:, None]
-    return ((slope @ weight) * grad).to(h.dtype), slope.T @ (h * grad).to(h.dtype)
-
-
-@head_nll_backward_op.register_fake
-def _(grad, h, weight, slope):
-    return torch.empty_like(h), torch.empty_like(weight)
+    # in place and with `out`: the products are formed in fp32 and rounded in one pass over the rows
+    return (slope @ weight).mul_(grad), slope.T @ torch.mul(h, grad, out=torch.empty_like(h))
 
 
 def head_nll_save(ctx, inputs, output):
@@ -1810,11 +1687,6 @@ def heads_fused(qkv: Tensor, gain: Tensor, rope: tuple, counts: tuple[int, int, 
     return torch.ops.golf.heads(qkv, gain, *rope, *counts[:2])
 
 
-def mix_norm_fused(x: Tensor, other: Tensor, keep: Tensor | None, add: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
-    """mix_norm_eager in one kernel each way."""
-    return torch.ops.golf.mix_norm(x, other, keep, add, depth)
-
-
 def head_nll_fused(h: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
     """head_nll_eager without fp32 logits in memory. cap > 0."""
     return torch.ops.golf.head_nll(h, weight, targets, cap, torch.is_grad_enabled())[0]
@@ -1824,7 +1696,6 @@ class Kernels(NamedTuple):
     """The chosen form of every operation."""
     attend: Callable = attention_sdpa
     heads: Callable = heads_eager
-    mix_norm: Callable = mix_norm_eager
     nll: Callable = head_nll_eager
 
 
@@ -1836,7 +1707,7 @@ def choose_kernels(cfg: Config, run: Run) -> Kernels:
     fused = able and cfg.kernels != "eager"
     whole = cfg.head_dim & (cfg.head_dim - 1) == 0  # a tile's sides are powers of two
     run.log(f"kernels:{'triton' if fused else 'eager'}")
-    return Kernels(attend, heads_fused if fused and whole else heads_eager, mix_norm_fused if fused else mix_norm_eager,
+    return Kernels(attend, heads_fused if fused and whole else heads_eager,
                    head_nll_fused if fused and cfg.logit_softcap else head_nll_eager)
 
 
@@ -2015,6 +1886,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, values: OtherValues, rope: tuple, cu: Tensor, longest: int, lora: VisitAdapters,
                 past: Past | None) -> tuple[Tensor, tuple]:
         """x [T, D] -> (output [T, D], what others want of it: (values for later layers, keys, values for the cache))."""
+        # one GEMM for all three, in one layout, so that one kernel can take it apart
         qkv = self.qkv(x)
         if any(lora[:3]):  # adapters of queries, keys and values are three
             parts = qkv.unflatten(-1, (sum(self.heads), -1)).split(self.heads, 1)
@@ -2052,7 +1924,7 @@ class Block(nn.Module):
 
     def __init__(self, cfg: Config, layer: int, kernels: Kernels):
         super().__init__()
-        self.attn, self.mlp, self.mix_norm = Attention(cfg, layer, kernels), MLP(cfg), kernels.mix_norm
+        self.attn, self.mlp = Attention(cfg, layer, kernels), MLP(cfg)
         self.attn_scale = nn.Parameter(torch.empty(cfg.model_dim))
         self.mlp_scale = nn.Parameter(torch.empty(cfg.model_dim))
         self.resid_mix = nn.Parameter(torch.empty(2, cfg.model_dim))
@@ -2069,24 +1941,22 @@ class Block(nn.Module):
 
         Returns the new stream, the new second lane and what attention keeps. (Two lanes: PR #1204.)
         """
-        kept, fresh = self.resid_mix  # starts as (1, 0): the stream alone; every block may reach back to the input
-        base, seen = self.mix_norm(x, x0, kept, fresh, self.depth_scale)
-        a, keeps = self.attn(seen, values, rope, cu, longest, lora, past)
+        kept, fresh = self.resid_mix.to(x.dtype)  # starts as (1, 0): the stream alone
+        base = kept * x + fresh * x0  # every block may reach back to the input
+        a, keeps = self.attn(norm(base) * self.depth_scale, values, rope, cu, longest, lora, past)
+        a = self.attn_scale.to(x.dtype) * a
         if mix is not None:
             lane = x if lane is None else lane  # the first such visit splits the stream
-            a, b = self.attn_scale.to(x.dtype) * a, self.mlp_out(norm(lane) * self.depth_scale, lora)  # its own lane, unmixed
+            b = self.mlp_out(lane, lora)  # the MLP reads its own lane, unmixed
             resid, post = mix[0].to(x.dtype), mix[1].to(x.dtype)
             return (resid[0] * x + post[0, 0] * a + post[0, 1] * b,
                     resid[1] * lane + post[1, 0] * a + post[1, 1] * b, keeps)
-        if self.abreast:
-            x = base + self.attn_scale.to(x.dtype) * a  # and the MLP sees what attention saw
-        else:
-            x, seen = self.mix_norm(base, a, None, self.attn_scale, self.depth_scale)
-        x = x + self.mlp_out(seen, lora)
+        x = base + a
+        x = x + self.mlp_out(base if self.abreast else x, lora)
         return x if self.x0_scale is None else x + self.x0_scale.to(x.dtype) * x0, None, keeps
 
-    def mlp_out(self, seen: Tensor, lora: VisitAdapters) -> Tensor:
-        return self.mlp_scale.to(seen.dtype) * self.mlp(seen, lora.mlp)
+    def mlp_out(self, x: Tensor, lora: VisitAdapters) -> Tensor:
+        return self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * self.depth_scale, lora.mlp)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3577,6 +3447,7 @@ class Adapter:
         cu = cut_segments(ids, np.union1d(pieces, jumps), self.cfg.eval_seq_len, self.val.isolate)
         batch = make_batch(ids, targets, cu, self.cfg.eval_seq_len, self.run, self.room(width))
         mask = torch.from_numpy(np.pad(weight, (0, pad)).astype(np.float32)).to(self.run.device)  # padding earns no gradient
+        # a row with more segments than any before it is recorded anew
         if self.row is None or self.row.cu.shape != batch.cu.shape:
             self.row, self.mask, self.replay = batch, mask, Replay(self.add_gradient, self.run.gpu, None)
         for static, fresh in zip((*self.row[:4], self.mask), (*batch[:4], mask)):
@@ -4417,13 +4288,15 @@ def job(cfg: Config, run: Run, stored: dict | None) -> None:
     run.event("validation", **val.fingerprint(), val_docs=cfg.val_docs)
     if stored and "manifest" in stored and stored["manifest"]["validation"] != val.fingerprint():
         run.warn("these validation tokens are not the ones the artifact was first scored on")
-    stream = TrainStream(cfg, run) if cfg.mode in ("train", "pack", "doctor") else None
+    stream = TrainStream(cfg, run) if cfg.mode in ("train", "pack", "doctor", "bench") else None
     if stream:
         codec_names(cfg.compressor, run)  # a missing coder stops the run now, not after training
     model = build_model(cfg, run)
     describe_plan(model, cfg, run)
     if cfg.mode == "doctor":
-        return doctor(model, cfg, run, stream)
+        return tool("records", "bench").doctor(sys.modules[__name__], model, cfg, run, stream)
+    if cfg.mode == "bench":
+        return tool("records", "bench").bench(sys.modules[__name__], model, cfg, run, stream, val, tokenizer)
     total = None
     if stored is not None:
         run.log(f"weights from {stored['path']}")
@@ -4441,36 +4314,6 @@ def job(cfg: Config, run: Run, stored: dict | None) -> None:
             run.fail(f"artifact does not fit: {total} bytes > {cfg.artifact_max_bytes}")
         stored = stored["data"]
     finish(cfg, run, score_artifact(stored, model, cfg, run, val), total)
-
-
-def doctor(model: GPT, cfg: Config, run: Run, stream: TrainStream) -> None:
-    """MODE=doctor: devices, what ranks talk through, and a probe of both phases' steps; nothing is trained or kept."""
-    for line in run.describe_devices():
-        run.log(line)
-    optimizers, batches, rates = Optimizers(model, cfg, run), stream.make(0), {}
-    for looping in sorted({False, cfg.num_loops > 0}):
-        v = Values(1.0, cfg.muon_momentum, looping)
-        for _ in range(max(cfg.warmup_steps, 1)):  # compiles
-            train_step(model, optimizers, batches, v)
-        rates[looping] = probe_step(lambda: train_step(model, optimizers, batches, v), run)
-        run.log(f"step {'with' if looping else 'without'} recurrence: {1000 * rates[looping]:.1f} ms "
-                f"tok/s:{cfg.train_batch_tokens / rates[looping]:.0f}")
-    # progress follows the clock, so each phase gets its share of the seconds, not of the steps
-    budget, share = cfg.max_wallclock_seconds or 600.0, cfg.enable_looping_at if cfg.num_loops else 1.0
-    steps = budget * (share / rates[False] + (1 - share) / rates[max(rates)])
-    run.log(f"predicted: {steps:.0f} steps in {budget:.0f}s of training, {steps * cfg.train_batch_tokens / 1e6:.1f}M tokens")
-    run.event("doctor", steps=steps, budget=budget, seconds={str(k): t for k, t in rates.items()})
-
-
-def probe_step(step: Callable[[], object], run: Run, seconds: float = 1.5) -> float:
-    """Mean seconds of a step over at least `seconds`; all ranks stop at the same one."""
-    with run.clock.span("step probe"):
-        start, count = run.clock.read(), 0
-        while count < 2 or run.agree(run.clock.read() - start) < seconds:
-            step()
-            run.clock.sync()
-            count += 1
-        return run.agree(run.clock.read() - start) / count
 
 
 def train_and_average(model: GPT, cfg: Config, run: Run, stream: TrainStream, val: ValidationSet) -> None:

@@ -19,13 +19,12 @@ def compare(fast, eager, inputs, *rest):
     """Largest error of outputs and of the gradients of all inputs that take one, both from the same random gradient."""
     results = []
     for f in (fast, eager):
-        mine = [x.clone().requires_grad_() if x is not None else None for x in inputs]
+        mine = [x.clone().requires_grad_() for x in inputs]
         out = f(*mine, *rest)
         out = out if isinstance(out, tuple) else (out,)
         torch.manual_seed(1)
         total = sum((o * torch.randn_like(o)).sum() for o in out)
-        leaves = [m for m in mine if m is not None]
-        results.append([*out, *torch.autograd.grad(total, leaves)])
+        results.append([*out, *torch.autograd.grad(total, mine)])
     return max(map(error, *results))
 
 
@@ -34,13 +33,6 @@ def heads(tokens, counts, width, dims):
     rope = tg.Rotary(dims, 100.0)(torch.arange(tokens) % 11)
     inputs = [torch.randn(tokens, sum(counts) * width), torch.randn(counts[0])]
     return compare(tg.heads_fused, tg.heads_eager, inputs, rope, counts)
-
-
-def mix_norm(tokens, dim, keep):
-    """Widths that fill no tile, more rows than programs would have without a loop."""
-    inputs = [torch.randn(tokens, dim), torch.randn(tokens, dim), torch.randn(dim) if keep else None, torch.randn(dim)]
-    depth = torch.tensor(0.7)
-    return compare(lambda *a: tg.mix_norm_fused(*a, depth), lambda *a: tg.mix_norm_eager(*a, depth), inputs)
 
 
 def nll(tokens, vocab, cap):
@@ -52,7 +44,7 @@ def nll(tokens, vocab, cap):
 def network(looping):
     """Loss of a whole toy network, and the gradient of every parameter, with a one-token and an empty segment."""
     row, results = make_row(quiet_run(small())), []
-    for kernels in (tg.Kernels(), tg.Kernels(tg.attention_sdpa, tg.heads_fused, tg.mix_norm_fused, tg.head_nll_fused)):
+    for kernels in (tg.Kernels(), tg.Kernels(tg.attention_sdpa, tg.heads_fused, tg.head_nll_fused)):
         model = lively(small(), None, looping)
         model = rebuilt(model, kernels, looping)
         loss = model.nll(*row)
@@ -71,7 +63,6 @@ def rebuilt(model, kernels, looping):
 
 torch.manual_seed(0)
 found = {f"heads {c}": heads(*c) for c in ((37, (4, 2, 2), 16, 8), (64, (2, 2, 2), 8, 8), (5, (8, 4, 4), 64, 16))}
-found |= {f"mix_norm {c}": mix_norm(*c) for c in ((9, 32, True), (9, 40, False), (4200, 8, True), (1, 16, False))}
 found |= {f"nll {c}": nll(*c) for c in ((7, 64, 30.0), (5, 50, 15.0), (1, 300, 5.0))}
 found |= {f"network looping={c}": network(c) for c in (False, True)}
 print(json.dumps(found))

@@ -314,13 +314,6 @@ def test_the_tests_tiny_config_is_valid():
     assert (cfg.model_dim, cfg.head_dim, cfg.vocab_size) == (TINY["MODEL_DIM"], 16, 64)
 
 
-def test_knob_table_has_one_row_a_knob():
-    rows = re.findall(r"^\| `([A-Z0-9_]+)` \|", tg.knob_table(), re.M)
-    assert sorted(rows) == sorted(KNOBS)
-    cells = [len(re.split(r"(?<!\\)\|", line)) for line in tg.knob_table().splitlines()]
-    assert set(cells) == {5}, "a knob's sentence holds a bare | and breaks the table"
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The real process, in an empty folder: no data, no tokenizer, no logs
 # ----------------------------------------------------------------------------------------------------------------------

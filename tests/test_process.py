@@ -155,6 +155,9 @@ class Lab:
         self.root, self.program = root, root / "program" / "train_gpt.py"
         self.program.parent.mkdir()
         shutil.copy(ROOT / "train_gpt.py", self.program)  # an edit during the session must not mix two programs
+        (self.program.parent / "records").mkdir()
+        for name in ("track.py", "bench.py"):
+            shutil.copy(ROOT / "records" / name, self.program.parent / "records")
         build_corpus(root / "corpus")
         self.shards = root / "corpus" / "datasets" / f"local_sp{VOCAB}"
         self.data = dict(DATA_PATH=self.shards, TOKENIZER_PATH=root / "corpus" / "tokenizers" / f"local_{VOCAB}_bpe.model")
@@ -420,13 +423,40 @@ def write(row):
 """
 
 
+def test_bench_times_every_part(lab):
+    ended = lab.run("bench", lab.small(MODE="bench", RUN_ID="bench", MAX_WALLCLOCK_SECONDS=0))
+    assert ended.code == 0, ended.out
+    told = json.loads(ended.path(".bench.json").read_text())
+    names = {k["name"].split(" (")[0].split(" ")[0] for k in told["kernels"]}
+    assert names == {"attention", "heads", "head", "GEMM"}
+    for k in told["kernels"]:  # a floor is one: below a quarter of it something was not computed
+        assert 0.25 * k["forward_floor_ms"] < k["forward_ms"] < k["both_ms"] < math.inf, k
+    assert 0 < told["seconds_a_step"]["False"] < told["seconds_a_step"]["True"] and told["optimiser_ms"] > 0
+    assert {"hessians", "quantise and pack", "pass full tok/s", "pass ttt tok/s"} <= set(told["later"])
+    assert ended.out.count("model FLOP utilisation") == 2 and "of the measured product rate" in ended.out
+
+
+def test_operations_of_a_step_are_counted(lab):
+    """A product of a weight costs 6 a token; attention 14 a pair and channel; recurrence adds its visits."""
+    import sys
+    sys.path.insert(0, str(ROOT / "records"))
+    import bench
+    from toy import small, tg
+    cfg = small(model_dim=64, num_heads=2, num_kv_heads=1, rope_dims=0)
+    model = tg.GPT(cfg)
+    cu = torch.tensor([0, 10, 10, 30])
+    batch = tg.Batch(torch.zeros(30, dtype=torch.long), None, None, cu, 20)
+    block = 64 * (64 + 2 * 32) + 64 * 64 + 2 * 64 * cfg.hidden_dim
+    for looping, visits in ((False, 4), (True, 6)):
+        expected = 6 * 30 * (visits * block + 64 * 64) + 14 * (10 ** 2 + 20 ** 2) / 2 * visits * 64
+        assert bench.step_flops(model, cfg, [batch], looping) == expected
+
+
 def test_a_tracker_gets_this_run_and_no_earlier_one(lab, whole, monkeypatch):
     """TRACK starts the follower of the run's own lines, also where an earlier run of the name wrote before it."""
     folder, told = lab.root / "tracker", lab.root / "tracked.txt"
     folder.mkdir()
     (folder / "wandb.py").write_text(FAKE_TRACKER)
-    (lab.program.parent / "records").mkdir()
-    shutil.copy(ROOT / "records" / "track.py", lab.program.parent / "records")
     knobs = dict(MODE="eval", ARTIFACT=whole.path(".artifact"), TRACK="wandb", TRACKED=told, **ONE_PASS)
     for expected in (1, 2):
         assert lab.run("tracked", knobs, run_id="whole.eval", blocked=folder).code == 0

@@ -2,6 +2,7 @@
 
     python tests/test_readme.py --write          write the knob table between <!-- knobs --> and <!-- /knobs -->
 """
+import dataclasses
 import math
 import re
 import shlex
@@ -20,6 +21,18 @@ ASSIGNMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 # ----------------------------------------------------------------------------------------------------------------------
 # Knob table
 # ----------------------------------------------------------------------------------------------------------------------
+def knob_table() -> str:
+    """The knobs as a Markdown table, as README.md carries it (a test keeps the two equal)."""
+    rows = ["| knob | default | what it does |", "|---|---|---|"]
+    for group in (tg.RunKnobs, tg.DataKnobs, tg.ModelKnobs, tg.OptimKnobs, tg.PackKnobs):
+        rows.append(f"| **{group.__name__.removesuffix('Knobs')}** | | {group.__doc__} |")
+        for f in dataclasses.fields(group):
+            options = ", ".join(c for c in f.metadata["choices"] if c)
+            default = int(f.default) if isinstance(f.default, bool) else f.default
+            rows.append(f"| `{f.name.upper()}` | `{default}` | {f.metadata['doc']}{f' ({options})' if options else ''} |")
+    return "\n".join(rows)
+
+
 def split_at_table(text: str) -> tuple[str, str, str]:
     """(what stands before the table, the table, what follows); AssertionError unless it is marked once."""
     assert text.count(BEGIN) == text.count(END) == 1 and text.index(BEGIN) < text.index(END), f"mark one {BEGIN} ... {END}"
@@ -31,7 +44,7 @@ def split_at_table(text: str) -> tuple[str, str, str]:
 def with_table(text: str) -> str:
     """README's text with the table as the program prints it."""
     before, _, after = split_at_table(text)
-    return f"{before}\n{tg.knob_table()}\n{after}"
+    return f"{before}\n{knob_table()}\n{after}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -90,7 +103,7 @@ def readme() -> str:
 # Tests
 # ----------------------------------------------------------------------------------------------------------------------
 def test_readme_has_the_programs_knob_table():
-    assert split_at_table(readme())[1] == tg.knob_table(), "stale: python tests/test_readme.py --write"
+    assert split_at_table(readme())[1] == knob_table(), "stale: python tests/test_readme.py --write"
 
 
 def test_commands_of_the_readme_pass_the_config():
@@ -143,10 +156,17 @@ def test_wrong_commands_are_refused(line):
         try_command(*command)
 
 
+def test_knob_table_has_one_row_a_knob():
+    rows = re.findall(r"^\| `([A-Z0-9_]+)` \|", knob_table(), re.M)
+    assert sorted(rows) == sorted(f.name.upper() for f in dataclasses.fields(tg.Config))
+    cells = [len(re.split(r"(?<!\\)\|", line)) for line in knob_table().splitlines()]
+    assert set(cells) == {5}, "a knob's sentence holds a bare | and breaks the table"
+
+
 def test_table_is_written_in_place():
     stale = f"# Title\n\n{BEGIN}\n| old |\n{END}\n\nafter\n"
     fresh = with_table(stale)
-    assert split_at_table(fresh)[1] == tg.knob_table()
+    assert split_at_table(fresh)[1] == knob_table()
     assert fresh.startswith("# Title\n\n") and fresh.endswith("\n\nafter\n") and with_table(fresh) == fresh
 
 

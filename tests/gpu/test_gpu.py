@@ -97,24 +97,20 @@ def test_recorded_steps_give_the_same_digits(tmp_path, monkeypatch):
 
 
 def fused_cases():
-    """name -> (fused, eager, inputs): bf16 on the GPU, odd numbers of rows, widths that fill no tile."""
+    """name -> (fused, eager, inputs): bf16 on the GPU, odd numbers of rows."""
     def random(*shape):
         return torch.randn(*shape, device="cuda")
 
     torch.manual_seed(0)
     rope = tg.Rotary(16, 1e4).cuda()(torch.arange(1003, device="cuda") % 700)
-    depth, targets = torch.tensor(0.5, device="cuda"), torch.randint(0, 8192, (1003,), device="cuda")
-    qkv, gain, wide = random(1003, 1024).bfloat16(), random(8), [random(5003, 544).bfloat16() for _ in "xy"]
+    qkv, gain, targets = random(1003, 1024).bfloat16(), random(8), torch.randint(0, 8192, (1003,), device="cuda")
     heads = [lambda a, b, f=f: f(a, b, rope, (8, 4, 4)) for f in (tg.heads_fused, tg.heads_eager)]
-    mixed = [lambda *a, f=f: f(*a, depth) for f in (tg.mix_norm_fused, tg.mix_norm_eager)]
-    added = [lambda x, y, s, f=f: f(x, y, None, s, depth) for f in (tg.mix_norm_fused, tg.mix_norm_eager)]
     nats = [lambda h, w, f=f: f(h, w, targets, 30.0) for f in (tg.head_nll_fused, tg.head_nll_eager)]
-    return {"heads": (*heads, [qkv, gain]), "mix_norm": (*mixed, [*wide, random(544), random(544)]),
-            "add_norm": (*added, [*wide, random(544)]),
+    return {"heads": (*heads, [qkv, gain]),
             "nll": (*nats, [(2 * random(1003, 512)).bfloat16(), (0.2 * random(8192, 512)).bfloat16()])}
 
 
-@pytest.mark.parametrize("name", ["heads", "mix_norm", "add_norm", "nll"])
+@pytest.mark.parametrize("name", ["heads", "nll"])
 def test_fused_operation_equals_its_eager_twin_in_fp32(name, run):
     fused, eager, inputs = fused_cases()[name]
     results = []

@@ -1,0 +1,269 @@
+"""What a machine does with the program: MODE=doctor looks, MODE=bench measures every part beside its floor.
+
+    MODE=doctor python train_gpt.py        versions, devices, data, a probe of the steps, how many a budget would hold
+    MODE=bench python train_gpt.py         the same, then kernels, optimiser, calibration, packing and the scorer
+
+The program loads this file and hands itself over as `tg`; nothing is trained that is kept, and validation text is not read:
+the scorer runs on random documents of the validation set's lengths. Floors: bytes over the rate of a large copy, operations
+over the rate of a large bf16 product (fp32 on a CPU), both measured here at the start. The figures go to
+ARTIFACT_DIR/RUN_ID.bench.json; keep that file beside a speed log.
+"""
+import copy
+import json
+import math
+import os
+import statistics
+import time
+from pathlib import Path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Steps
+# ----------------------------------------------------------------------------------------------------------------------
+def doctor(tg, model, cfg, run, stream) -> dict:
+    """Devices, what ranks talk through, and a probe of both phases' steps: {looping: seconds a step}."""
+    for line in devices(run):
+        run.log(line)
+    optimizers, batches, rates = tg.Optimizers(model, cfg, run), stream.make(0), {}
+    for looping in sorted({False, cfg.num_loops > 0}):
+        v = tg.Values(1.0, cfg.muon_momentum, looping)
+        for _ in range(max(cfg.warmup_steps, 1)):  # compiles
+            tg.train_step(model, optimizers, batches, v)
+        rates[looping] = probe_step(lambda: tg.train_step(model, optimizers, batches, v), run)
+        work = step_flops(model, cfg, batches, looping) * run.world
+        run.log(f"step {'with' if looping else 'without'} recurrence: {1000 * rates[looping]:.1f} ms "
+                f"tok/s:{cfg.train_batch_tokens / rates[looping]:.0f} {work / 1e12:.2f} TFLOP "
+                f"{work / rates[looping] / run.world / 1e12:.1f} TFLOP/s a device")
+    # progress follows the clock, so each phase gets its share of the seconds, not of the steps
+    budget, share = cfg.max_wallclock_seconds or 600.0, cfg.enable_looping_at if cfg.num_loops else 1.0
+    steps = budget * (share / rates[False] + (1 - share) / rates[max(rates)])
+    run.log(f"predicted: {steps:.0f} steps in {budget:.0f}s of training, {steps * cfg.train_batch_tokens / 1e6:.1f}M tokens")
+    run.event("doctor", steps=steps, budget=budget, seconds={str(k): t for k, t in rates.items()})
+    return rates
+
+
+def devices(run) -> list[str]:
+    """What this node has: GPUs, NCCL, shared memory, processor."""
+    import torch
+    lines = [f"processor: {os.cpu_count()} cores, {torch.get_num_threads()} threads a rank"]
+    if Path("/dev/shm").is_dir():
+        room = os.statvfs("/dev/shm")  # NCCL and data loaders fail obscurely where it is small
+        lines.append(f"shared memory: {room.f_bavail * room.f_frsize >> 20} MiB free")
+    if run.gpu:
+        lines.append(f"nccl: {'.'.join(map(str, torch.cuda.nccl.version()))} over {run.world} ranks")
+        cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        lines += [f"gpu {i}: {c.name} {c.total_memory >> 20} MiB {c.multi_processor_count} multiprocessors"
+                  for i, c in enumerate(cards)]
+    return lines
+
+
+def probe_step(step, run, seconds: float = 1.5) -> float:
+    """Mean seconds of a step over at least `seconds`; all ranks stop at the same one."""
+    with run.clock.span("step probe"):
+        start, count = run.clock.read(), 0
+        while count < 2 or run.agree(run.clock.read() - start) < seconds:
+            step()
+            run.clock.sync()
+            count += 1
+        return run.agree(run.clock.read() - start) / count
+
+
+def step_flops(model, cfg, batches, looping: bool) -> float:
+    """Operations of this rank's forward and backward passes: 6 a weight and token, and 14 H E a pair that attention sees.
+
+    A product costs 2 a weight forward and 4 backward; attention's two forward products and five backward ones are causal.
+    """
+    visits = [v.layer for v in model.plans[looping]]
+    matrices = sum(p.numel() for i in visits for n, p in model.blocks[i].named_parameters() if p.dim() == 2 and min(p.shape) >= 64)
+    head = cfg.vocab_size * cfg.model_dim
+    tokens = sum(b.ids.numel() for b in batches)
+    pairs = sum(float((b.cu.diff().double() ** 2).sum()) / 2 for b in batches)
+    return 6.0 * tokens * (matrices + head) + 14.0 * pairs * len(visits) * cfg.num_heads * cfg.head_dim
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernels
+# ----------------------------------------------------------------------------------------------------------------------
+def timed(work, run, seconds: float = 0.15) -> float:
+    """Median seconds of a call, by device events on a GPU."""
+    import torch
+    for _ in range(3):
+        work()
+    run.clock.sync()
+    took, begun = [], time.perf_counter()
+    while len(took) < 3 or time.perf_counter() - begun < seconds:
+        if run.gpu:
+            marks = [torch.cuda.Event(enable_timing=True) for _ in "ab"]
+            marks[0].record(), work(), marks[1].record()
+            marks[1].synchronize()
+            took.append(marks[0].elapsed_time(marks[1]) / 1000)
+        else:
+            start = time.perf_counter()
+            work()
+            took.append(time.perf_counter() - start)
+    return statistics.median(took)
+
+
+def ceilings(run) -> tuple[float, float]:
+    """(bytes a second of a copy, read and written both counted; operations a second of a square product)."""
+    import torch
+    n, side = (2 ** 29, 8192) if run.gpu else (2 ** 23, 768)
+    a, b = (torch.randn(n, device=run.device).to(run.dtype) for _ in "ab")
+    x, y = (torch.randn(side, side, device=run.device).to(run.dtype) for _ in "xy")
+    return 2 * n * a.element_size() / timed(lambda: a.copy_(b), run), 2.0 * side ** 3 / timed(lambda: x @ y, run)
+
+
+def passes(f, inputs):
+    """(forward, forward and backward) of f as functions without arguments; the gradient is of the outputs' own kind."""
+    import torch
+    mine = [x.detach().clone().requires_grad_() for x in inputs]
+    out = f(*mine)
+    out = out if isinstance(out, tuple) else (out,)
+    grads = [torch.randn_like(o) for o in out]
+
+    def both():
+        made = f(*mine)
+        torch.autograd.grad(made if isinstance(made, tuple) else (made,), mine, grads)
+
+    def forward():
+        with torch.no_grad():
+            f(*mine)
+    return forward, both
+
+
+def kernels(tg, model, cfg, run, batch) -> list[tuple]:
+    """(name, function, inputs, bytes forward, bytes of both, operations forward, operations of both) of every operation.
+
+    Bytes: each input read and each output written once; backward also reads the outputs' gradients and writes the inputs'.
+    """
+    import torch
+    T, D, E, V = batch.ids.numel(), cfg.model_dim, cfg.head_dim, cfg.vocab_size
+    counts, size = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads), torch.empty(0, dtype=run.dtype).element_size()
+    torch.manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, device=run.device).to(run.dtype)
+
+    def product(name, out, into):
+        w, x = random(out, into), random(T, into)
+        moved, work = size * (T * (out + into) + out * into), 2.0 * T * out * into
+        return f"GEMM {name} {into}->{out}", lambda x, w: x @ w.T, [x, w], moved, 3 * moved, work, 3 * work
+
+    rope, gain = model.rotary(batch.pos), torch.randn(counts[0], device=run.device)
+    qkv, pairs = random(T, sum(counts) * E), float((batch.cu.diff().double() ** 2).sum()) / 2
+    k = model.blocks[0].attn.kernels
+    attended, wide = [random(T, n, E) for n in counts], size * T * (counts[0] + sum(counts)) * E
+    rows = [("attention", lambda *a: k.attend(*a, batch.cu, batch.longest), attended, wide, 3 * wide,
+             4 * pairs * counts[0] * E, 14 * pairs * counts[0] * E)]
+    row = size * T * sum(counts) * E
+    forms = {"heads": [(k.heads, "chosen"), (tg.heads_eager, "eager twin")], "nats": [(k.nll, "chosen"), (tg.head_nll_eager, "eager twin")]}
+    h, head = random(T, D), (0.1 * torch.randn(V, D, device=run.device)).to(run.dtype)
+    logits, work = size * T * V, 2.0 * T * V * D
+    for f, label in forms["heads"]:
+        f = compiled(f, label, run)
+        rows.append((f"heads ({label})", lambda a, g, f=f: f(a, g, rope, counts), [qkv, gain], 2 * row, 5 * row, 0.0, 0.0))
+    for f, label in forms["nats"]:  # with the head's product: written, read and written over, read twice by its gradients
+        f = compiled(f, label, run)
+        rows.append((f"head and nats ({label})", lambda a, w, f=f: f(a, w, batch.targets, cfg.logit_softcap or 30.0), [h, head],
+                     2 * logits, 5 * logits, work, 3 * work))
+    shapes = {"qkv": (sum(counts) * E, D), "o": (D, counts[0] * E), "up": (cfg.hidden_dim, D), "down": (D, cfg.hidden_dim)}
+    return rows + [product(name, *shape) for name, shape in shapes.items()]
+
+
+def compiled(f, label: str, run):
+    """The eager twin as training would run it without our kernels."""
+    import torch
+    return torch.compile(f, dynamic=False) if label == "eager twin" and run.gpu else f
+
+
+def kernel_table(tg, model, cfg, run, batch, rates: tuple[float, float]) -> list[dict]:
+    """Times every operation forward, and forward with backward, beside the larger of its two floors."""
+    copy_rate, gemm_rate = rates
+    run.log(f"ceilings: copy {copy_rate / 1e9:.0f} GB/s, product {gemm_rate / 1e12:.1f} TFLOP/s; rows of {batch.ids.numel()} tokens")
+    run.log(f"{'kernel':28s} {'forward':>10s} {'floor':>10s} {'both':>10s} {'floor':>10s}   ms")
+    table = []
+    for name, f, inputs, *costs in kernels(tg, model, cfg, run, batch):
+        took = [timed(work, run) for work in passes(f, inputs)]
+        floors = [max(moved / copy_rate, work / gemm_rate) for moved, work in zip(costs[:2], costs[2:])]
+        cells = [1000 * x for pair in zip(took, floors) for x in pair]
+        run.log(f"{name:28s} " + " ".join(f"{c:10.3f}" for c in cells))
+        table.append(dict(zip(("name", "forward_ms", "forward_floor_ms", "both_ms", "both_floor_ms"), (name, *cells))))
+    return table
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What comes after training
+# ----------------------------------------------------------------------------------------------------------------------
+def fake_documents(tg, val, cfg, tokens: int):
+    """Random tokens in documents of the validation set's own lengths, about `tokens` of them, spread over the set."""
+    import numpy as np
+    lengths = np.diff(np.append(val.starts, val.targets))
+    take = min(len(lengths), max(8, int(tokens / lengths.mean())))
+    made = copy.copy(val)
+    made.starts = np.cumsum([0, *lengths[np.linspace(0, len(lengths) - 1, take).astype(int)]])
+    made.starts, made.targets = made.starts[:-1], int(made.starts[-1])
+    rng = np.random.Generator(np.random.PCG64(0))
+    made.tokens = rng.integers(2, cfg.vocab_size, made.targets + 1).astype(np.uint16)
+    made.tokens[made.starts] = tg.BOS
+    made.bytes = np.ones(made.targets, np.int64)
+    return made
+
+
+def after_training(tg, model, cfg, run, stream, val, tokenizer) -> dict[str, float]:
+    """Seconds of Hessians and of quantising and packing; tokens a second of every configured pass."""
+    found = {}
+
+    def clocked(name, work):
+        with run.clock.span(name):
+            run.clock.sync()
+            start = time.perf_counter()
+            made = work()
+            run.clock.sync()
+            found[name] = time.perf_counter() - start
+        return made
+
+    count = -(-cfg.gptq_calibration_batches // stream.micro_steps)
+    batches = [b for i in range(count) for b in stream.make(i)][:cfg.gptq_calibration_batches]
+    hessians = clocked("hessians", lambda: tg.collect_hessians(model, cfg, batches, run)) if cfg.quantizer == "gptq" else {}
+    meta = {"config": cfg.as_dict(), "tokenizer": tokenizer.sha256, "validation": {}, "source": "", "train_tokens": 0}
+    clocked("quantise and pack", lambda: tg.fit_artifact(tg.Quantizer(model, cfg, hessians, run), meta, cfg, run))
+    docs = fake_documents(tg, val, cfg, 1_000_000 if run.gpu else 10_000)
+    for name, (_, score) in tg.passes(model, docs, cfg, run).items():
+        if run.gpu:  # what has to be compiled or recorded
+            tg.passes(model, tg.random_documents(val, cfg), cfg, run)[name][1](0.0)
+        clocked(f"pass {name}", lambda: score(0.0))
+        found[f"pass {name} tok/s"] = docs.targets / found[f"pass {name}"]
+    for name, value in found.items():
+        run.log(f"{name}: {value:.2f}" + ("" if name.endswith("tok/s") else " s"))
+    return found
+
+
+def bench(tg, model, cfg, run, stream, val, tokenizer) -> None:
+    """Everything, as lines of the log and as one JSON file."""
+    import torch
+    rates = doctor(tg, model, cfg, run, stream)
+    batch = stream.make(0)[0]
+    optimizers = tg.Optimizers(model, cfg, run)
+    tg.train_step(model, optimizers, [batch], tg.Values(1.0, cfg.muon_momentum, False))
+    optimiser = timed(lambda: optimizers.step(tg.Values(0.0, cfg.muon_momentum, False)), run)
+    run.log(f"optimiser: {1000 * optimiser:.2f} ms a step")
+    ceiling = ceilings(run)
+    for looping, seconds in rates.items():
+        used = step_flops(model, cfg, stream.make(0), looping) / seconds / ceiling[1]
+        run.log(f"model FLOP utilisation {'with' if looping else 'without'} recurrence: {used:.1%} of the measured product rate")
+    table = kernel_table(tg, model, cfg, run, batch, ceiling)
+    optimizers.zero_grad()
+    tg.initialize(model, cfg)  # the probes have moved the weights
+    model.looping = cfg.num_loops > 0
+    later = after_training(tg, model, cfg, run, stream, val, tokenizer)
+    peak = torch.cuda.max_memory_allocated() >> 20 if run.gpu else None
+    result = {"config": cfg.as_dict(), "world": run.world, "seconds_a_step": {str(k): t for k, t in rates.items()},
+              "copy_bytes_s": ceiling[0], "product_flop_s": ceiling[1], "optimiser_ms": 1000 * optimiser, "kernels": table, "later": later, "peak_MiB": peak,
+              "spans": dict(run.clock.seconds)}
+    if run.main:
+        tg.write_atomic(run.path(".bench.json"), (json.dumps(result, indent=1) + "\n").encode())
+    bad = [t["name"] for t in table if not all(math.isfinite(v) for v in list(t.values())[1:])]
+    if bad:
+        run.fail(f"no time for {', '.join(bad)}")
+    run.log(f"peak memory allocated: {peak} MiB; {run.path('.bench.json')}")
+    tg.report_budgets(run, cfg)
