@@ -147,6 +147,8 @@ class DataKnobs:
     pack_tokens: int = knob(16384, "tokens in a block; blocks are what is shuffled, and no segment crosses one", low=2)
     micro_batch_tokens: int = knob(131072, "most tokens in one forward pass of a rank; memory decides", low=1)
     train_seq_len: int = knob(2048, "longest segment in training; longer documents are split", low=2)
+    train_seq_schedule: str = knob("", "shorter segments first, as tokens:fraction of the run at which they end, ...: "
+                                   "1024:0.35; attention is cheaper by as much; empty: TRAIN_SEQ_LEN always")
     loader: str = knob("shuffled", "order of blocks: permuted anew each epoch, as they lie, or strides coprime to each shard's "
                        "length over several shards at once (PR #1880)", ("shuffled", "sequential", "coprime"))
     doc_isolation: bool = knob(True, "documents do not see each other in attention, positions and smearing")
@@ -440,6 +442,19 @@ class Config(PackKnobs, OptimKnobs, ModelKnobs, DataKnobs, RunKnobs):
         return rows
 
     @property
+    def seq_limits(self) -> list[tuple[float, int]]:
+        """[(fraction of the run at which it ends, longest segment)], the last TRAIN_SEQ_LEN; ConfigError if it says no such thing."""
+        wrong = ConfigError(f"TRAIN_SEQ_SCHEDULE={self.train_seq_schedule}: rising 'tokens:fraction' pairs below "
+                            f"TRAIN_SEQ_LEN={self.train_seq_len} and 1, like 1024:0.35")
+        if not re.fullmatch(r"(\d+:0?\.\d+(,\d+:0?\.\d+)*)?", self.train_seq_schedule):
+            raise wrong
+        pairs = [pair.split(":") for pair in self.train_seq_schedule.split(",") if pair]
+        rows = [(float(until), int(limit)) for limit, until in pairs] + [(math.inf, self.train_seq_len)]
+        if any(a[0] >= b[0] or not 2 <= a[1] < b[1] for a, b in zip(rows, rows[1:])):
+            raise wrong
+        return rows
+
+    @property
     def value_layers(self) -> set[int]:
         """VE_LAYERS as a set; ConfigError if it is no list of numbers."""
         if not re.fullmatch(r"(\d+(,\d+)*)?", self.ve_layers):
@@ -548,6 +563,7 @@ def validate(cfg: Config, world: int) -> None:
         (d.train_batch_tokens % d.pack_tokens == 0, "TRAIN_BATCH_TOKENS", f"must be a multiple of PACK_TOKENS={d.pack_tokens}"),
         (d.blocks_per_batch % world == 0, "TRAIN_BATCH_TOKENS",
          f"its {d.blocks_per_batch} blocks of PACK_TOKENS={d.pack_tokens} do not divide over {world} ranks"),
+        (bool(d.seq_limits), "TRAIN_SEQ_SCHEDULE", "must not be empty"),
         (d.pack_tokens <= d.micro_batch_tokens, "MICRO_BATCH_TOKENS", f"must hold one block of PACK_TOKENS={d.pack_tokens}"),
         (d.parallel_residual == "none" or d.parallel_start_layer < d.num_layers, "PARALLEL_START_LAYER",
          f"no layer runs side by side; PARALLEL_RESIDUAL=none says that, or take one below {d.num_layers}"),
@@ -1057,7 +1073,8 @@ class TrainStream:
         if not self.run.gpu:
             return 0
         picks = np.linspace(0, self.ends[-1] - 1, 64).astype(int)
-        counts = [len(cut_segments(self.block(i)[:-1], np.array([0]), self.cfg.train_seq_len, True)) for i in picks]
+        shortest = self.cfg.seq_limits[0][1]  # gives the most segments
+        counts = [len(cut_segments(self.block(i)[:-1], np.array([0]), shortest, True)) for i in picks]
         expected = self.micro * np.mean(counts) + 6 * np.sqrt(self.micro) * np.std(counts)
         return 64 * math.ceil(expected / 64)
 
@@ -1079,28 +1096,34 @@ class TrainStream:
             self.order = epoch, block_order(self.cfg, self.counts, rng)
         return self.block(int(self.order[1][at]))
 
-    def make(self, step: int) -> list[Batch]:
-        """This rank's share of a step: ranks take consecutive blocks, so their union never depends on their number."""
+    def make(self, step: int, limit: int = 0) -> list[Batch]:
+        """This rank's share of a step: ranks take consecutive blocks, so their union never depends on their number.
+
+        `limit`: longest segment; 0 is TRAIN_SEQ_LEN.
+        """
         share = self.per_step // self.run.world
         first = step * self.per_step + self.run.rank * share
-        return [self.row([self.block_at(first + j) for j in range(i, i + self.micro)])
+        return [self.row([self.block_at(first + j) for j in range(i, i + self.micro)], limit or self.cfg.train_seq_len)
                 for i in range(0, share, self.micro)]
 
-    def row(self, blocks: list[np.ndarray]) -> Batch:
+    def row(self, blocks: list[np.ndarray], limit: int) -> Batch:
         """Blocks side by side as one flat row."""
         ids = np.concatenate([b[:-1] for b in blocks])
         targets = np.concatenate([b[1:] for b in blocks])
         forced = np.arange(len(blocks)) * self.pack  # neighbours in a row are strangers
-        cu = cut_segments(ids, forced, self.cfg.train_seq_len, self.cfg.doc_isolation)
+        cu = cut_segments(ids, forced, limit, self.cfg.doc_isolation)
         if self.room and len(cu) - 1 > self.room:  # rare; a new shape means one more compilation, so say it
             self.room = 2 * self.room
             self.run.warn(f"a row with {len(cu) - 1} segments: room doubled to {self.room}, one recompilation")
+        # the longest is told as ever: another number would be another compiled graph
         return make_batch(ids, targets, cu, self.cfg.train_seq_len, self.run, self.room)
 
-    def get(self, step: int) -> list[Batch]:
-        """The batches of a step; the next step's are made meanwhile on a thread."""
-        batches = self.ahead.pop(step).result() if step in self.ahead else self.make(step)
-        self.ahead = {step + 1: self.pool.submit(self.make, step + 1)}
+    def get(self, step: int, p: float = 1.0) -> list[Batch]:
+        """The batches of a step at progress p; the next step's are made meanwhile on a thread."""
+        limit = next(limit for until, limit in self.cfg.seq_limits if p < until)
+        now, ahead = (step, limit), (step + 1, limit)  # a limit that has just changed finds nothing made for it
+        batches = self.ahead.pop(now).result() if now in self.ahead else self.make(step, limit)
+        self.ahead = {ahead: self.pool.submit(self.make, *ahead)}
         return batches
 
 
@@ -2356,7 +2379,8 @@ class Schedules:
         self.cfg = cfg
         # name -> whether this configuration expects it to happen
         self.expected = {"warmdown": cfg.warmdown_frac > 0 and cfg.min_lr < 1, "looping": cfg.num_loops > 0,
-                         "momentum_warmup": cfg.muon_momentum_warmup_frac > 0, "swa": cfg.average == "swa"}
+                         "momentum_warmup": cfg.muon_momentum_warmup_frac > 0, "swa": cfg.average == "swa",
+                         "seq_schedule": bool(cfg.train_seq_schedule)}
         self.fired: dict[str, float] = {}
 
     def at(self, p: float) -> Values:
@@ -2366,7 +2390,8 @@ class Schedules:
                    momentum_at(p, c.muon_momentum_warmup_start, c.muon_momentum, c.muon_momentum_warmup_frac),
                    c.num_loops > 0 and p >= c.enable_looping_at)
         for name, on in (("warmdown", v.lr < 1), ("looping", v.looping), ("swa", p >= c.swa_start_frac),
-                         ("momentum_warmup", v.momentum != c.muon_momentum_warmup_start)):
+                         ("momentum_warmup", v.momentum != c.muon_momentum_warmup_start),
+                         ("seq_schedule", c.train_seq_schedule and p >= c.seq_limits[-2][0])):
             if on:
                 self.fired.setdefault(name, p)
         return v
@@ -4087,7 +4112,7 @@ def train(model: GPT, cfg: Config, run: Run, stream: TrainStream, val: Validatio
         v = schedules.at(p)
         if v.looping and not model.looping and cfg.num_loops:
             run.log(f"layer_loop:enabled step:{step} frac:{p:.3f} visits:{[x.layer for x in model.plans[1]]}")
-        loss, norm = train_step(model, optimizers, stream.get(step), v)
+        loss, norm = train_step(model, optimizers, stream.get(step, p), v)
         average.update(p, p - last_p)  # in progress, not in steps
         watch.put(step, loss, norm, v.looping)
         step, last_p = step + 1, p

@@ -58,11 +58,13 @@ RULES = [  # (knobs on top of the smoke preset, the knob that is named, a piece 
     ({"LOOP_START": 3}, "LOOP_END", "LOOP_START=3"),
     ({"TRAIN_BATCH_TOKENS": 8193}, "TRAIN_BATCH_TOKENS", "multiple of PACK_TOKENS=1024"),
     ({"WORLD_SIZE": 3, "TTT_BATCH_TOKENS": 4098}, "TRAIN_BATCH_TOKENS", "3 ranks"),
+    ({"TRAIN_SEQ_SCHEDULE": "128:0.5,64:0.7"}, "TRAIN_SEQ_SCHEDULE", "rising 'tokens:fraction' pairs below TRAIN_SEQ_LEN=256"),
     ({"MICRO_BATCH_TOKENS": 1023}, "MICRO_BATCH_TOKENS", "PACK_TOKENS=1024"),
     ({"PARALLEL_START_LAYER": 5}, "PARALLEL_START_LAYER", "below 5"),  # would silently give no lanes
     ({"EVAL_STRIDE": 257}, "EVAL_STRIDE", "EVAL_SEQ_LEN=256"),
     ({"VAL_BATCH_TOKENS": 255}, "VAL_BATCH_TOKENS", "EVAL_SEQ_LEN=256"),
     ({"TTT_LORA_SITES": "qx"}, "TTT_LORA_SITES", "letters"),
+    *(({"TRAIN_SEQ_SCHEDULE": text}, "TRAIN_SEQ_SCHEDULE", "pairs") for text in ("128", "128:1", "256:.5", "1:.5", "64:.5,128:.5")),
     ({"TTT_CHUNK_SIZE": "8,"}, "TTT_CHUNK_SIZE", "pairs"),
     ({"LOGIT_SOFTCAP": 0}, "TTT_ASYM_LOGIT", "LOGIT_SOFTCAP=0"), ({"TRIGRAM_VOCAB_SIZE": 1}, "TRIGRAM_VOCAB_SIZE", "at least 2"),
     ({"VE_LAYERS": "7"}, "VE_LAYERS", "NUM_LAYERS=5"), ({"X0_RESIDUAL": 1}, "X0_RESIDUAL", "two lanes"),

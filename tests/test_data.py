@@ -241,6 +241,19 @@ def test_segments_of_a_row_begin_at_blocks_and_documents(numbered, tmp_path):
     assert BOS not in [int(b.ids[i]) for s in range(3) for b in loose.make(s) for i in b.cu[:-1]]
 
 
+def test_shorter_segments_come_first(numbered, tmp_path):
+    """TRAIN_SEQ_SCHEDULE changes where rows are cut and nothing else, whatever was made ahead."""
+    stream, plain = (open_stream(numbered, tmp_path, **knobs) for knobs in ({"TRAIN_SEQ_SCHEDULE": "5:.25,9:.5"}, {}))
+    full = stream.cfg.train_seq_len
+    for step, (p, limit) in enumerate([(0.0, 5), (0.2, 5), (0.25, 9), (0.4, 9), (0.5, full), (0.9, full), (1.0, full)]):
+        cut, whole = stream.get(step, p), plain.get(step, p)
+        assert max(int(b.cu.diff().max()) for b in cut) == limit
+        assert all(torch.equal(a.ids, b.ids) and torch.equal(a.targets, b.targets) and a.longest == full for a, b in zip(cut, whole))
+        assert all(set(b.cu.tolist()) <= set(a.cu.tolist()) or limit < full for a, b in zip(cut, whole))
+        assert equal(cut, stream.make(step, limit))
+    assert equal(stream.make(0), plain.make(0)), "calibration sees what training ends with"
+
+
 def test_too_little_data_is_named(tmp_path):
     write_shard(tmp_path / "fineweb_train_000000.bin", range(64))  # one target short of a block
     with pytest.raises(SystemExit, match="64 training tokens, fewer than PACK_TOKENS=64"):
