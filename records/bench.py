@@ -13,6 +13,7 @@ import json
 import math
 import os
 import statistics
+import subprocess
 import time
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def doctor(tg, model, cfg, run, stream) -> dict:
     """Devices, what ranks talk through, and a probe of both phases' steps: {looping: seconds a step}."""
     for line in devices(run):
         run.log(line)
+    run.log(f"data: {len(stream.shards)} training shards, {stream.tokens} tokens; tokenizer {cfg.tokenizer} sha256 "
+            f"{tg.sha256(cfg.tokenizer.read_bytes())[:16]}")
     optimizers, batches, rates = tg.Optimizers(model, cfg, run), stream.make(0), {}
     for looping in sorted({False, cfg.num_loops > 0}):
         v = tg.Values(1.0, cfg.muon_momentum, looping)
@@ -50,11 +53,22 @@ def devices(run) -> list[str]:
         room = os.statvfs("/dev/shm")  # NCCL and data loaders fail obscurely where it is small
         lines.append(f"shared memory: {room.f_bavail * room.f_frsize >> 20} MiB free")
     if run.gpu:
+        lines += clocks()
         lines.append(f"nccl: {'.'.join(map(str, torch.cuda.nccl.version()))} over {run.world} ranks")
         cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         lines += [f"gpu {i}: {c.name} {c.total_memory >> 20} MiB {c.multi_processor_count} multiprocessors"
                   for i, c in enumerate(cards)]
     return lines
+
+
+def clocks() -> list[str]:
+    """Each GPU's clocks, limits and load as nvidia-smi has them: a card that is held back, or shared, is slow for no other reason."""
+    fields = "clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,utilization.gpu,memory.used"
+    try:
+        told = subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ["clocks: nvidia-smi does not answer"]
+    return [f"clocks of gpu {i} ({fields}): {line}" for i, line in enumerate(told.stdout.splitlines())]
 
 
 def probe_step(step, run, seconds: float = 1.5) -> float:

@@ -406,6 +406,8 @@ def test_doctor_measures_steps_and_keeps_nothing(lab):
     assert set(seconds) == {"False", "True"} and 0 < seconds["False"] < seconds["True"]
     assert event["steps"] == pytest.approx(600 * (0.35 / seconds["False"] + 0.65 / seconds["True"]))
     assert f"predicted: {event['steps']:.0f} steps in 600s" in ended.out
+    mine = hashlib.sha256(Path(lab.data["TOKENIZER_PATH"]).read_bytes()).hexdigest()[:16]
+    assert f"sha256 {mine}" in ended.out and "attention:" in ended.out and "validation: {" in ended.out
     assert not list((lab.root / "doctor").rglob("*.artifact")) and not list((lab.root / "doctor").rglob("*.ckpt"))
 
 
