@@ -238,6 +238,10 @@ class OptimKnobs:
 class PackKnobs:
     """Quantisation, artifact and evaluation."""
     quantizer: str = knob("gptq", "gptq feeds rounding errors forward through the Hessian; rtn rounds", ("gptq", "rtn"))
+    step_rule: str = knob("sdclip", "steps of rows from their own spread (SDClip), or of rows and columns from what their errors "
+                          "cost in nats, to the cap exactly (Fisher)", ("sdclip", "fisher"))
+    weight_coder: str = knob("range", "integers of all tensors in one range-coded stream by the scale of their row, or a section a "
+                             "tensor by COMPRESSOR", ("range", "sections"))
     matrix_bits: int = knob(6, "integer range of matrices; the sigmas, not the bits, set the size", low=2, high=8)
     embed_bits: int = knob(7, "integer range of the embedding", low=2, high=8)
     attn_clip_sigmas: float = knob(13.0, "clip at this many row deviations: larger is coarser and smaller", low=0.1)
@@ -1067,6 +1071,12 @@ class TrainStream:
     @property
     def micro_steps(self) -> int:
         return self.per_step // self.run.world // self.micro
+
+    def frequency(self, most: int = 5_000_000) -> Tensor:
+        """Share of each token among the first `most` training tokens, with one more of each: [V] fp32."""
+        # a token that calibration never saw is rare, not absent
+        counts = np.bincount(self.shards[0][:most], minlength=self.cfg.vocab_size) + 1.0
+        return torch.from_numpy(counts / counts.sum()).float()
 
     def guess_room(self) -> int:
         """Segments that a row must have room for, from 64 blocks of data; 0 (exact) off the GPU, where shapes are free."""
@@ -2578,12 +2588,14 @@ COLUMNS = 128  # columns solved between two updates of the remaining ones
 
 
 class Quantized(NamedTuple):
-    """q [R, C] int8 and step [R] fp16 (fp16 because that is what is stored)."""
+    """q [R, C] int8, step of rows [R] and, where columns have their own, of columns [C]: fp16, because that is what is stored."""
     q: Tensor
     step: Tensor
+    column: Tensor | None = None
 
     def dense(self) -> Tensor:
-        return self.q.float() * self.step.float()[:, None]
+        w = self.q.float() * self.step.float()[:, None]
+        return w if self.column is None else w * self.column.float()
 
 
 def quantized_rows(model: nn.Module, cfg: Config) -> dict[str, Row]:
@@ -2629,6 +2641,92 @@ def collect_hessians(model: GPT, cfg: Config, batches: list[Batch], run: Run) ->
     return {n: run.sum_(h).div_(tokens) for n, h in sums.items()}
 
 
+SLOPE_TOKENS = 4096  # of each calibration batch
+
+
+def beginning(batch: Batch, tokens: int) -> Batch:
+    """The first tokens of a row; segments behind them become empty."""
+    return Batch(batch.ids[:tokens], batch.targets[:tokens], batch.pos[:tokens], batch.cu.clamp(max=tokens), batch.longest)
+
+
+@contextlib.contextmanager
+def learning_only(model: nn.Module, names: set[str]):
+    """Gradients for these parameters and no others."""
+    before = {p: p.requires_grad for p in model.parameters()}
+    for n, p in model.named_parameters():
+        p.requires_grad_(n in names)
+    try:
+        yield
+    finally:
+        for p, learns in before.items():
+            p.requires_grad_(learns)
+            p.grad = None
+
+
+def collect_slopes(model: GPT, cfg: Config, batches: list[Batch], hessians: dict[str, Tensor], frequency: Tensor,
+                   run: Run) -> dict[str, Tensor]:
+    """What an error of each output costs: mean square of d nats / d output, for every row of a weight: name -> [R] fp32.
+
+    With the Hessian H of its inputs an error e of a row costs about g e H e^T / 2 nats a token (K-FAC, arXiv 1503.05671, diagonal
+    on the output's side). Labels are drawn from the model. A tied embedding's H becomes that of both its uses, weighted by what
+    errors cost there; `frequency` [V]: how often a token is an input.
+    """
+    sums: dict[str, Tensor] = {}
+    rows = {n: row for n, row in quantized_rows(model, cfg).items() if n in hessians}
+    # the head's outputs are logits, whose expected squares are known without drawing labels
+    owners = {n: n.rpartition(".")[0] for n, row in rows.items() if row.quant != "embed"}
+    counts = dict.fromkeys(owners, 0)
+
+    def add(name: str, value: Tensor) -> None:
+        sums[name] = sums[name] + value if name in sums else value
+
+    def watch(name: str):
+        def back(g):
+            counts[name] += len(g)  # tokens and visits: H is a sum over visits, so this is a mean
+            add(name, g.float().square().sum(0))
+        return lambda module, args, out: out.register_hook(back) and None
+
+    def use(module, args, out):
+        out.register_hook(lambda g: add("input", g.float().T @ g.float()))
+    modules, rng = dict(model.named_modules()), torch.Generator(run.device).manual_seed(cfg.seed + run.rank)
+    hooks = [modules[m].register_forward_hook(watch(n)) for n, m in owners.items()]
+    hooks.append(model.input.tok_emb.register_forward_hook(use))
+    tokens = 0
+    # gradients for the embeddings, and so for all activations, but for no other weight
+    tables = {n for n, row in rows_of(model, cfg).items() if row.group == "embed"}
+    with torch.compiler.set_stance("force_eager"), learning_only(model, tables):
+        for b in (beginning(batch, SLOPE_TOKENS) for batch in batches):
+            z = model.head(model.hidden(b.ids, b.pos, b.cu, b.longest), None, model.input.tok_emb.weight)
+            log_p = z.log_softmax(-1)
+            p, tokens = log_p.detach().exp(), tokens + len(z)
+            flat = 1 - (z.detach() / cfg.logit_softcap) ** 2 if cfg.logit_softcap else 1.0  # of the softcap
+            add("head", (p * (1 - p) * flat ** 2).sum(0))
+            (-log_p.gather(1, torch.multinomial(p, 1, generator=rng))).sum().backward()
+    for h in hooks:
+        h.remove()
+    # a parameter that this plan does not use has no gradient, and no slope: SDClip's steps are left to it
+    slopes = {n: run.sum_(g) / (counts[n] * run.world) for n, g in sums.items() if n in owners}
+    head, use = (run.sum_(sums[n]) / (tokens * run.world) for n in ("head", "input"))
+    for n in rows.keys() - owners.keys():
+        slopes[n] = head
+        if rows[n].sees:  # tied: rows are also looked up, each as often as its token is an input
+            read = hessians[n].diagonal().sum()
+            # one Hessian for all rows: that of both uses at their average weights
+            hessians[n] = hessians[n] + use / head.sum()
+            slopes[n] = (head * read + frequency * use.diagonal().sum()) / hessians[n].diagonal().sum()
+    return slopes
+
+
+def calibrate(model: GPT, cfg: Config, batches: list[Batch], stream: TrainStream, run: Run) -> tuple[dict, dict]:
+    """(Hessians, slopes), each by name and empty where the quantiser does without."""
+    if cfg.quantizer != "gptq":
+        return {}, {}
+    hessians = collect_hessians(model, cfg, batches, run)
+    if cfg.step_rule != "fisher":
+        return hessians, {}
+    return hessians, collect_slopes(model, cfg, batches, hessians, stream.frequency().to(run.device), run)
+
+
 class Factored(NamedTuple):
     """A batch of Hessians made ready: column order [N, C], upper Cholesky factor of the inverse [N, C, C], dead [N, C]."""
     order: Tensor
@@ -2659,19 +2757,22 @@ def factor_hessians(h: Tensor) -> Factored:
     raise RuntimeError("a Hessian stays indefinite at damping 1.0; was the calibration data degenerate?")
 
 
-def gptq(w: Tensor, f: Factored, step: Tensor, qmax: int) -> Tensor:
+def gptq(w: Tensor, f: Factored, step: Tensor, qmax: int, column: Tensor | None = None) -> Tensor:
     """Round columns one by one, feeding each error into the columns not yet rounded. w [N, R, C], step [N, R] -> int8
 
-    The error of column j, over the factor's diagonal, times the factor's row j is the optimal correction.
+    The error of column j, over the factor's diagonal, times the factor's row j is the optimal correction. column [N, C]: factors
+    of the steps.
     """
+    column = torch.ones_like(w[:, 0]) if column is None else torch.take_along_dim(column, f.order, 1)
     w = torch.take_along_dim(w.float().masked_fill(f.dead[:, None], 0.0), f.order[:, None], 2)
     q, width = torch.empty_like(w), w.shape[2]
     for a in range(0, width, COLUMNS):
         b = min(a + COLUMNS, width)
         errors = torch.empty_like(w[:, :, a:b])
         for j in range(a, b):
-            q[:, :, j] = (w[:, :, j] / step).round().clamp(-qmax, qmax)  # every row of every layer of the batch
-            e = (w[:, :, j] - q[:, :, j] * step) / f.upper[:, j, j, None]
+            s = step * column[:, j, None]
+            q[:, :, j] = (w[:, :, j] / s).round().clamp(-qmax, qmax)  # every row of every layer of the batch
+            e = (w[:, :, j] - q[:, :, j] * s) / f.upper[:, j, j, None]
             w[:, :, j:b] -= e[:, :, None] * f.upper[:, j, None, j:b]  # within the block at once
             errors[:, :, j - a] = e
         w[:, :, b:] -= errors @ f.upper[:, a:b, b:]  # the rest of the matrix in one product
@@ -2679,6 +2780,7 @@ def gptq(w: Tensor, f: Factored, step: Tensor, qmax: int) -> Tensor:
 
 
 LOW_A, LOW_B = "#a", "#b"  # suffixes of a tensor's correction: [1, R rank] and [rank C / group, group]
+COLUMN = "#c"  # of its columns' factors
 
 
 def to_range(x: Tensor, low: int, high: int) -> Quantized:
@@ -2687,52 +2789,105 @@ def to_range(x: Tensor, low: int, high: int) -> Quantized:
     return Quantized((x / step.float()[:, None]).round().clamp(low, high).to(torch.int8), step)
 
 
+def on_grid(x: Tensor) -> Tensor:
+    """Sixteenths of an octave, as fp16: neighbours of one value cost few bytes, and errors feed forward through what is stored."""
+    return (torch.exp2((16 * x.float().clamp_min(1e-7).log2()).round() / 16)).half()
+
+
+class Stack(NamedTuple):
+    """Equally shaped tensors of one kind [N, R, C], their Hessians and factors where there are any, base steps [N, R], [N, C]."""
+    kind: str
+    names: list[str]
+    w: Tensor
+    factors: Factored | None
+    h: Tensor | None
+    row: Tensor
+    column: Tensor | None
+
+
 class Quantizer:
     """Holds weights and factored Hessians, so that a search over step sizes pays for factoring once."""
 
-    def __init__(self, model: nn.Module, cfg: Config, hessians: dict[str, Tensor], run: Run):
-        self.cfg = cfg
+    def __init__(self, model: nn.Module, cfg: Config, hessians: dict[str, Tensor], run: Run, slopes: dict[str, Tensor] = {}):
+        self.cfg, self.slopes = cfg, slopes
         weights = {n: p.detach() for n, p in model.named_parameters()}
         self.kept = {n: p for n, p in weights.items() if n not in quantized_rows(model, cfg)}
         batches: dict[tuple, list[str]] = {}
         for n, row in quantized_rows(model, cfg).items():
             solved = cfg.quantizer == "gptq" and n in hessians  # without a Hessian there is nothing to feed forward
             batches.setdefault((row.quant, tuple(weights[n].shape), solved), []).append(n)
-        self.batches = [(kind, names, torch.stack([weights[n] for n in names]),
-                         factor_hessians(torch.stack([hessians[n] for n in names])) if solved else None,
-                         torch.stack([hessians[n] for n in names]) if solved else None)
-                        for (kind, _, solved), names in batches.items()]
+        self.stacks = [self.stack(kind, names, weights, hessians if solved else {}) for (kind, _, solved), names in batches.items()]
+        if slopes:
+            self.stacks = self.equal_slopes()
         rounded = [n for (_, _, solved), names in batches.items() if not solved for n in names]
         if rounded:
             run.log(f"quantise: {len(rounded)} tensors by plain rounding: {rounded[0]}, ...")
 
+    def stack(self, kind: str, names: list[str], weights: dict[str, Tensor], hessians: dict[str, Tensor]) -> Stack:
+        """Tensors of one kind with SDClip's steps: a fixed entropy a row, whatever its outliers."""
+        w, (qmax, sigmas) = torch.stack([weights[n] for n in names]).float(), quant_spec(self.cfg, kind)
+        h = torch.stack([hessians[n] for n in names]) if hessians else None
+        # a gate's row of a dozen weights is clipped nowhere
+        row = w.abs().amax(-1) / qmax if kind == "gate" else sigmas / qmax * w.std(-1)
+        return Stack(kind, names, w, factor_hessians(h) if hessians else None, h, row, None)
+
+    def equal_slopes(self) -> list[Stack]:
+        """Steps at which a bit more would save the same nats everywhere: U_jj / sqrt(g_r), U the factor that GPTQ feeds by.
+
+        The errors of GPTQ cost g_r e_j^2 / U_jj^2, and under entropy coding that is water-filling; one factor, the cap's, is free.
+        The common level begins where SDClip's is.
+        """
+        # the mean of log(step) over weights is what decides the bits
+        made, shift, count = [], 0.0, 0
+        for s in self.stacks:
+            if s.h is None or s.names[0] not in self.slopes:
+                made.append(s)
+                continue
+            u = torch.take_along_dim(s.factors.upper.diagonal(dim1=1, dim2=2), s.factors.order.argsort(1), 1)
+            level, g = u.log().mean(1, keepdim=True).exp(), torch.stack([self.slopes[n] for n in s.names])
+            row = level * g.clamp_min(1e-12).rsqrt()
+            made.append(s._replace(row=row, column=on_grid(u / level).float()))
+            shift, count = shift + s.w[0, 0].numel() * float((s.row.clamp_min(1e-7) / row).log().sum()), count + s.w.numel()
+        level = math.exp(shift / max(count, 1))
+        return [s if s.column is None else s._replace(row=s.row * level) for s in made]
+
     @property
     def weights(self) -> int:
-        return sum(w.numel() for _, _, w, _, _ in self.batches)
+        return sum(s.w.numel() for s in self.stacks)
+
+    def steps(self, s: Stack, coarser: float) -> tuple[Tensor, int]:
+        """(rows' steps [N, R] fp16, largest integer)"""
+        if s.kind == "gate":  # never coarsened, and its largest weight fits exactly
+            return s.row.clamp_min(1e-7).half(), quant_spec(self.cfg, s.kind)[0]
+        if s.column is None:
+            return on_grid(coarser * s.row), quant_spec(self.cfg, s.kind)[0]
+        # high-rate theory ends where a step is wider than what it divides; int8 ends at 127
+        spread, most = (s.w / s.column[:, None]).std(-1), (s.w / s.column[:, None]).abs().amax(-1)
+        return on_grid(torch.maximum(torch.minimum(coarser * s.row, 1.5 * spread), most / 120)), 127
 
     def solve(self, coarser: float = 1.0) -> tuple[dict[str, Quantized], dict[str, float]]:
-        """All tensors with every step times `coarser`; also the relative output error of each quantiser column."""
+        """All tensors with every step times `coarser`; also the relative output error of each quantiser column, and predicted nats."""
         out, wrong, total = {}, {}, {}
-        for kind, names, w, factors, h in self.batches:
-            qmax, sigmas = quant_spec(self.cfg, kind)
-            # SDClip: a fixed entropy a row, whatever its outliers
-            step = (coarser * sigmas / qmax * w.float().std(-1)).clamp_min(1e-7).half()
-            if kind == "gate":  # a row of a dozen weights is clipped nowhere, and never coarsened
-                step = (w.float().abs().amax(-1) / qmax).clamp_min(1e-7).half()
-            q = (gptq(w, factors, step.float(), qmax) if factors is not None else
-                 (w / step.float()[..., None]).round().clamp(-qmax, qmax).to(torch.int8))
-            out |= {n: Quantized(q[i], step[i]) for i, n in enumerate(names)}
-            if h is not None:  # tr((W - Q) H (W - Q)^T) over tr(W H W^T)
-                e = w - q * step.float()[..., None]
-                wrong[kind] = wrong.get(kind, 0.0) + float(((e @ h) * e).sum())
-                total[kind] = total.get(kind, 0.0) + float(((w @ h) * w).sum())
-        return out | self.corrections(out), {k: wrong[k] / max(total[k], 1e-30) for k in wrong}
+        for s in self.stacks:
+            step, qmax = self.steps(s, coarser)
+            scale = step.float()[..., None] if s.column is None else step.float()[..., None] * s.column[:, None]
+            q = (gptq(s.w, s.factors, step.float(), qmax, s.column) if s.factors is not None else
+                 (s.w / scale).round().clamp(-qmax, qmax).to(torch.int8))
+            out |= {n: Quantized(q[i], step[i], None if s.column is None else s.column[i].half()) for i, n in enumerate(s.names)}
+            if s.h is not None:  # tr((W - Q) H (W - Q)^T) over tr(W H W^T)
+                e = s.w - q * scale
+                cost = ((e @ s.h) * e).sum(-1)
+                wrong[s.kind] = wrong.get(s.kind, 0.0) + float(cost.sum())
+                total[s.kind] = total.get(s.kind, 0.0) + float(((s.w @ s.h) * s.w).sum())
+                if s.column is not None:
+                    wrong["nats"] = wrong.get("nats", 0.0) + 0.5 * float((cost * torch.stack([self.slopes[n] for n in s.names])).sum())
+        return out | self.corrections(out), {k: wrong[k] / max(total.get(k, 1.0), 1e-30) for k in wrong}
 
     def corrections(self, out: dict[str, Quantized]) -> dict[str, Quantized]:
         """LQER: the largest errors W - Q (Frobenius) as a b of low rank; a in 2 bits, b in 4 (arXiv 2402.02446, PR #1797)."""
         if not self.cfg.lqer_top_k:
             return {}
-        errors = {n: w[i].float() - out[n].dense() for _, names, w, _, _ in self.batches for i, n in enumerate(names)}
+        errors = {n: s.w[i] - out[n].dense() for s in self.stacks for i, n in enumerate(s.names)}
         worst = sorted(errors, key=lambda n: (-float(errors[n].norm()), n))[:self.cfg.lqer_top_k]
         made = {}
         for n in worst:
@@ -2795,22 +2950,119 @@ def unshuffle_bytes(data: bytes) -> np.ndarray:
     return np.ascontiguousarray(np.frombuffer(data, np.uint8).reshape(2, -1).T).view("<f2").reshape(-1)
 
 
-def build_artifact(tensors: dict[str, Quantized], kept: dict[str, Tensor], meta: dict, names: list[str]) -> tuple[bytes, dict]:
-    """(file, bytes by part). Sections: manifest, all fp16 values, then one for every integer tensor, coded in parallel."""
-    halves = {**{n: t.step for n, t in tensors.items()}, **kept}
-    manifest = {**meta, "integers": {n: list(t.q.shape) for n, t in tensors.items()},
+# Range coding (rANS, arXiv 1311.2540) of the integers: given their row's scale, trained weights are independent and close to
+# Gaussian, so the order-0 entropy by scale is all there is to gain. A thousand interleaved states keep numpy busy.
+PRECISION, LANES, SCALES = 15, 1024, 96  # probabilities are multiples of 2^-15
+
+
+def row_scales(q: Tensor) -> Tensor:
+    """Eighths of an octave of each row's root mean square, 0 for a row of zeros. [R, C] -> [R] uint8"""
+    root = q.float().square().mean(-1).sqrt().clamp_min(2 ** -4)
+    return (8 * root.log2() + 32).round().clamp(0, SCALES - 1).byte()
+
+
+def scale_counts(tensors: dict[str, Quantized]) -> dict[str, Tensor]:
+    """How often each integer (+ 128) stands in a row of each scale: name -> [SCALES, 256]."""
+    # on the tensors' own device: 36M integers
+    def count(q: Tensor) -> Tensor:
+        cells = row_scales(q).long()[:, None] * 256 + q.long() + 128
+        return torch.bincount(cells.flatten(), minlength=SCALES * 256).view(SCALES, 256).cpu()
+    return {n: count(t.q) for n, t in tensors.items()}
+
+
+def to_frequencies(counts: np.ndarray) -> np.ndarray:
+    """Counts [K, 256] as frequencies that sum to 2^PRECISION in each row that occurs, at least 1 for what occurs."""
+    total, seen = counts.sum(1, keepdims=True), counts > 0
+    f = counts * (2 ** PRECISION - seen.sum(1, keepdims=True)) // np.maximum(total, 1) + seen
+    f[np.arange(len(f)), counts.argmax(1)] += np.where(total[:, 0] > 0, 2 ** PRECISION - f.sum(1), 0)
+    return f
+
+
+def range_encode(cells: np.ndarray, frequencies: np.ndarray) -> bytes:
+    """Symbols given as row * 256 + symbol [n] -> LANES final states (u32), then 16-bit words in the order of reading."""
+    f, first = (x.astype(np.uint64).ravel() for x in (frequencies, frequencies.cumsum(1) - frequencies))
+    # a state lies in [2^16, 2^32) and gives up 16 bits before it would overflow
+    state, words = np.full(LANES, 1 << 16, np.uint64), []
+    for at in range((len(cells) - 1) // LANES * LANES, -1, -LANES):  # last in, first out
+        cell = cells[at:at + LANES]
+        n, x = f[cell], state[:len(cell)]
+        full = x >= n << (32 - PRECISION)
+        words.append(x[full].astype(np.uint16)[::-1])
+        x = np.where(full, x >> 16, x)
+        state[:len(cell)] = (x // n << PRECISION) + x % n + first[cell]
+    return state.astype("<u4").tobytes() + np.concatenate([np.empty(0, np.uint16), *words])[::-1].astype("<u2").tobytes()
+
+
+def range_decode(data: bytes, rows: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
+    """The symbols [n] uint8 of a stream, given each one's row of frequencies [n]."""
+    f, first = (x.astype(np.uint64).ravel() for x in (frequencies, frequencies.cumsum(1) - frequencies))
+    slots = np.zeros((len(frequencies), 2 ** PRECISION), np.uint8)  # slot -> symbol
+    for k in np.flatnonzero(frequencies.sum(1)):
+        slots[k] = np.repeat(np.arange(256), frequencies[k])
+    state, words = np.frombuffer(data, "<u4", LANES).astype(np.uint64), np.frombuffer(data, "<u2", offset=4 * LANES)
+    out, at, slots = np.empty(len(rows), np.uint8), 0, slots.ravel()
+    for i in range(0, len(rows), LANES):
+        row, x = rows[i:i + LANES].astype(np.int64), state[:len(rows[i:i + LANES])]
+        slot = x & np.uint64(2 ** PRECISION - 1)
+        symbol = slots[(row << PRECISION) + slot.astype(np.int64)]
+        cell = (row << 8) + symbol
+        x = f[cell] * (x >> PRECISION) + slot - first[cell]
+        low = x < 1 << 16  # exactly the states that gave a word up here
+        count = int(low.sum())
+        x[low] = x[low] << 16 | words[at:at + count]
+        state[:len(row)], out[i:i + LANES], at = x, symbol, at + count
+    return out
+
+
+def range_sections(tensors: dict[str, Quantized]) -> tuple[list[bytes], bytes]:
+    """(scales of all rows and the table of frequencies, to be coded like other sections; the stream of integers)"""
+    frequencies = to_frequencies(sum(scale_counts(tensors).values()).numpy())
+    rows = [row_scales(t.q).cpu().numpy() for t in tensors.values()]
+    cells = [(k[:, None].astype(np.uint16) << 8) + (t.q.cpu().numpy().view(np.uint8) ^ 128) for k, t in zip(rows, tensors.values())]
+    stream = range_encode(np.concatenate([c.ravel() for c in cells]), frequencies)
+    return [np.concatenate(rows).tobytes(), frequencies.astype("<u2").tobytes()], stream
+
+
+def ranged_integers(shapes: dict[str, list[int]], scales: bytes, table: bytes, stream: bytes) -> dict[str, Tensor]:
+    """The inverse: name -> q [R, C] int8."""
+    rows, frequencies = np.frombuffer(scales, np.uint8), np.frombuffer(table, "<u2").astype(np.int64).reshape(SCALES, 256)
+    widths = np.concatenate([np.full(shape[0], shape[1]) for shape in shapes.values()])
+    flat = torch.from_numpy((range_decode(stream, np.repeat(rows, widths), frequencies) ^ 128).view(np.int8))
+    return {n: q.reshape(shape) for (n, shape), q in zip(shapes.items(), flat.split([math.prod(x) for x in shapes.values()]))}
+
+
+def share_out(total: int, tensors: dict[str, Quantized]) -> dict[str, int]:
+    """Bytes of one stream by tensor, in proportion to the entropy of each; the rounding goes to the last."""
+    counts = scale_counts(tensors)
+    p = sum(counts.values()).double()
+    bits = {n: float(-(c * (p / p.sum(1, keepdim=True).clamp_min(1)).clamp_min(1e-12).log2()).sum()) for n, c in counts.items()}
+    edges = (np.cumsum([0, *bits.values()]) / max(sum(bits.values()), 1e-9) * total).round().astype(int)
+    edges[-1] = total
+    return {n: int(b - a) for n, a, b in zip(bits, edges, edges[1:])}
+
+
+def build_artifact(tensors: dict[str, Quantized], kept: dict[str, Tensor], meta: dict, names: list[str],
+                   coder: str = "range") -> tuple[bytes, dict]:
+    """(file, bytes by part). Sections: manifest, all fp16 values, then the integers: a section each, or one stream at the end."""
+    columns = {n + COLUMN: t.column for n, t in tensors.items() if t.column is not None}
+    halves = {**{n: t.step for n, t in tensors.items()}, **columns, **kept}
+    manifest = {**meta, "integers": {n: list(t.q.shape) for n, t in tensors.items()}, "coder": coder,
                 "halves": {n: list(t.shape) for n, t in halves.items()}}
     # one section: neighbours of one kind
     flat = torch.cat([t.detach().half().flatten().cpu() for t in halves.values()]).numpy()
     raw = [json.dumps(manifest, separators=(",", ":")).encode(), shuffle_bytes(flat)]  # no indentation: it is counted
-    raw += [t.q.cpu().numpy().tobytes() for t in tensors.values()]
+    # the stream comes last and has no length of its own: it ends with the file
+    more, stream = range_sections(tensors) if coder == "range" else ([t.q.cpu().numpy().tobytes() for t in tensors.values()], b"")
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the coders release the interpreter lock
-        sections = list(pool.map(lambda b: encode_section(b, names), raw))
-    body = struct.pack("<I", len(sections)) + b"".join(sections)  # number of sections first
+        sections = list(pool.map(lambda b: encode_section(b, names), raw + more))
+    body = struct.pack("<I", len(sections)) + b"".join(sections) + stream  # number of sections first
     parts = {"manifest": len(sections[0]), "scales and fp16": len(sections[1])}
-    for n, s in zip(tensors, sections[2:]):
+    if stream:
+        parts["rows' scales, frequencies"] = sum(map(len, sections[2:]))
+    sizes = share_out(len(stream), tensors) if stream else {n: len(s) for n, s in zip(tensors, sections[2:])}
+    for n, size in sizes.items():
         part = re.sub(r"\.\d+\.", ".", n)
-        parts[part] = parts.get(part, 0) + len(s)
+        parts[part] = parts.get(part, 0) + size
     return ARTIFACT_MAGIC + hashlib.sha256(body).digest() + body, parts
 
 
@@ -2835,9 +3087,11 @@ def read_artifact(data: bytes) -> tuple[dict, dict[str, Tensor]]:
     flat = torch.from_numpy(unshuffle_bytes(sections[1]).astype(np.float32))
     sizes = [math.prod(s) for s in manifest["halves"].values()]
     weights = {n: t.reshape(s) for (n, s), t in zip(manifest["halves"].items(), flat.split(sizes))}
-    for (n, shape), data in zip(manifest["integers"].items(), sections[2:]):
-        q = torch.from_numpy(np.frombuffer(data, np.int8).reshape(shape).copy())
-        weights[n] = Quantized(q, weights[n]).dense()
+    shapes = manifest["integers"]
+    integers = (ranged_integers(shapes, *sections[2:], body[at:]) if manifest.get("coder") == "range" else
+                {n: torch.from_numpy(np.frombuffer(b, np.int8).reshape(shapes[n]).copy()) for n, b in zip(shapes, sections[2:])})
+    for n, q in integers.items():
+        weights[n] = Quantized(q, weights[n], weights.pop(n + COLUMN, None)).dense()
     for n in [n.removesuffix(LOW_A) for n in weights if n.endswith(LOW_A)]:
         a, b = weights.pop(n + LOW_A).view(len(weights[n]), -1), weights.pop(n + LOW_B).view(-1, weights[n].shape[1])
         weights[n] = weights[n] + a @ b
@@ -2887,25 +3141,24 @@ def pack_code(source: str) -> bytes:
 
 
 def coded_bits(tensors: dict[str, Quantized]) -> float:
-    """Order-0 entropy of all integers, tensor by tensor: what a good coder spends, in bits."""
-    bits = 0.0
-    for t in tensors.values():
-        counts = torch.bincount(t.q.flatten().int() + 128, minlength=256).double()  # shifted: int8 reaches below zero
-        bits -= float((counts * (counts / counts.sum()).clamp_min(1e-12).log2()).sum())
-    return bits
+    """Entropy of all integers given their rows' scales, in bits: what the range coder spends."""
+    counts = sum(scale_counts(tensors).values()).double()
+    share = counts / counts.sum(1, keepdim=True).clamp_min(1)
+    return -float((counts * share.clamp_min(1e-12).log2()).sum())
 
 
 def fit_artifact(quantizer: Quantizer, meta: dict, cfg: Config, run: Run) -> tuple[bytes, dict, float]:
-    """Pack; while code + model are over the cap, coarsen all steps. -> (artifact, bytes by part, coarsening).
+    """Pack; while code + model are over the cap, coarsen all steps; Fisher's steps also become finer, to fill it.
+    -> (artifact, bytes by part, coarsening).
 
     Coding is slow and its size follows the entropy of the integers almost in a straight line, so each try solves for
     the entropy that should land just under the cap and only then codes. Within half a percent below is near enough.
     """
     names, code, cap = codec_names(cfg.compressor, run), len(pack_code(SOURCE)), cfg.artifact_max_bytes
-    coarser, points, best = 1.0, [], None
+    coarser, points, best, finest = 1.0, [], None, 0.25 if quantizer.slopes else 1.0
     for attempt in range(6):
         tensors, errors = quantizer.solve(coarser)
-        data, parts = build_artifact(tensors, quantizer.kept, {**meta, "coarser": coarser}, names)
+        data, parts = build_artifact(tensors, quantizer.kept, {**meta, "coarser": coarser}, names, cfg.weight_coder)
         total, bits = len(data) + code, coded_bits(tensors)  # what is counted is what is written
         shown = " ".join(f"{k}:{v:.2e}" for k, v in errors.items())
         run.log(f"pack: steps x{coarser:.4f} entropy {bits / quantizer.weights:.3f} bits/weight "
@@ -2913,7 +3166,7 @@ def fit_artifact(quantizer: Quantizer, meta: dict, cfg: Config, run: Run) -> tup
         run.event("pack", coarser=coarser, total=total, code=code, bits=bits, errors=errors)
         if total <= cap and (best is None or total > best[0]):
             best = total, data, {"code": code, **parts}, coarser
-        if total <= cap and (coarser == 1 or total > 0.995 * cap):
+        if total <= cap and (coarser == finest or total > 0.995 * cap):
             break
         points.append((bits, total))
         (b0, t0), (b1, t1) = points[-2:] if len(points) > 1 else ((0.0, 0.0), (8.0, 1.0))  # at first a byte is 8 bits
@@ -2921,7 +3174,7 @@ def fit_artifact(quantizer: Quantizer, meta: dict, cfg: Config, run: Run) -> tup
         limit = bits + (0.9985 * cap - total) / slope
         if limit <= 0:  # code and fp16 values alone are too large
             break
-        coarser = coarsen_to(quantizer, limit, coarser)
+        coarser = max(coarsen_to(quantizer, limit, coarser), finest)
     if best is None:
         run.fail(f"artifact does not fit: {total} bytes > {cap} at steps x{coarser:.2f}")
         best = total, data, {"code": code, **parts}, coarser
@@ -2937,7 +3190,7 @@ def coarsen_to(quantizer: Quantizer, limit: float, coarser: float) -> float:
         bits = coded_bits(quantizer.solve(coarser)[0])
         if 0.999 * limit <= bits <= limit:
             break
-        coarser *= 2 ** ((bits - 0.9997 * limit) / quantizer.weights)
+        coarser = max(coarser * 2 ** ((bits - 0.9997 * limit) / quantizer.weights), 0.2)  # int8 ends the search for finer ones
     return coarser
 
 
@@ -4067,10 +4320,10 @@ def warm_up(model: GPT, optimizers: Optimizers, stream: TrainStream, cfg: Config
     if cfg.gptq_reserve_seconds >= 0 or not cfg.timed or cfg.quantizer != "gptq":
         return max(cfg.gptq_reserve_seconds, 0.0)
     with run.clock.span("reserve probe"):
-        collect_hessians(model, cfg, batches[:1], run)
+        calibrate(model, cfg, batches[:1], stream, run)
         run.clock.switch("reserve probe")
         start = run.clock.read()
-        collect_hessians(model, cfg, batches[:1], run)
+        calibrate(model, cfg, batches[:1], stream, run)
         run.clock.switch("reserve probe")
         one = run.clock.read() - start
     return run.agree(0.5 + 1.2 * one * cfg.gptq_calibration_batches)
@@ -4262,14 +4515,14 @@ def pack(model: GPT, cfg: Config, run: Run, stream: TrainStream, tokenizer: Toke
     with run.clock.span("hessians"):  # reads training data, so it is on the training clock
         count = -(-cfg.gptq_calibration_batches // stream.micro_steps)
         batches = [b for i in range(count) for b in stream.make(cfg.iterations + i)][:cfg.gptq_calibration_batches]
-        hessians = collect_hessians(model, cfg, batches, run) if cfg.quantizer == "gptq" else {}
+        hessians, slopes = calibrate(model, cfg, batches, stream, run)
     run.log(f"gptq:calibrated {len(hessians)} layers in {run.clock.seconds['hessians']:.1f}s")
     data = b""  # only rank 0 quantises; the others receive the file
     with run.clock.span("quantise and pack"):
         if run.main:
             meta = {"config": cfg.as_dict(), "tokenizer": tokenizer.sha256, "validation": val.fingerprint(),
                     "source": sha256(SOURCE.encode()), "train_tokens": stream.tokens}
-            data, parts, coarser = fit_artifact(Quantizer(model, cfg, hessians, run), meta, cfg, run)
+            data, parts, coarser = fit_artifact(Quantizer(model, cfg, hessians, run, slopes), meta, cfg, run)
             code = pack_code(SOURCE)
             report_size(data, code, parts, coarser, cfg, run)
             write_atomic(run.path(".artifact"), data)

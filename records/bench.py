@@ -238,9 +238,9 @@ def after_training(tg, model, cfg, run, stream, val, tokenizer) -> dict[str, flo
 
     count = -(-cfg.gptq_calibration_batches // stream.micro_steps)
     batches = [b for i in range(count) for b in stream.make(i)][:cfg.gptq_calibration_batches]
-    hessians = clocked("hessians", lambda: tg.collect_hessians(model, cfg, batches, run)) if cfg.quantizer == "gptq" else {}
+    hessians, slopes = clocked("hessians", lambda: tg.calibrate(model, cfg, batches, stream, run))
     meta = {"config": cfg.as_dict(), "tokenizer": tokenizer.sha256, "validation": {}, "source": "", "train_tokens": 0}
-    clocked("quantise and pack", lambda: tg.fit_artifact(tg.Quantizer(model, cfg, hessians, run), meta, cfg, run))
+    clocked("quantise and pack", lambda: tg.fit_artifact(tg.Quantizer(model, cfg, hessians, run, slopes), meta, cfg, run))
     docs = fake_documents(tg, val, cfg, 1_000_000 if run.gpu else 10_000)
     for name, (_, score) in tg.passes(model, docs, cfg, run).items():
         if run.gpu:  # what has to be compiled or recorded

@@ -165,7 +165,8 @@ def test_steps_and_ranges_follow_the_table(run):
                                ("input.tok_emb.weight", 63, 1.0), ("input.bigram.table.weight", 63, 1.0)):
         w, t = weights[part].detach(), out[part]
         assert t.q.dtype == torch.int8 and t.step.dtype == torch.float16
-        torch.testing.assert_close(t.step, (sigmas / qmax * w.std(-1)).half())
+        assert torch.equal(t.step, tg.on_grid(sigmas / qmax * w.std(-1)))
+        torch.testing.assert_close(t.step.float(), sigmas / qmax * w.std(-1), rtol=2 ** (1 / 32) - 0.999, atol=0)
         assert t.q.abs().max() == qmax, "values beyond the clip are clamped, to this range"
         assert torch.equal(t.q.float(), nearest(w, t.step.float(), qmax))
 
@@ -216,10 +217,93 @@ def test_coarser_steps_cost_fewer_bits(run):
     assert bits[0] > bits[1] > bits[2] and bits[0] - bits[1] == pytest.approx(1.0, abs=0.2)
 
 
-def test_coded_bits_is_the_entropy_of_the_integers():
-    q = torch.tensor([[-1, -1, 0, 0], [0, 0, 127, -127]], dtype=torch.int8)
-    expected = 8 * (2 / 8 * 2 + 4 / 8 * 1 + 2 * (1 / 8 * 3))
+def test_coded_bits_is_the_entropy_given_the_rows_scales():
+    q = torch.tensor([[-1, -1, 0, 0], [0, 0, 127, -127], [0, 0, 127, -127]], dtype=torch.int8)
+    expected = 4 * 1 + 2 * 4 * (0.5 * 1 + 2 * 0.25 * 2)  # a row of its own, and two of one scale
     assert tg.coded_bits({"w": tg.Quantized(q, torch.ones(2).half())}) == pytest.approx(expected)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Fisher's steps
+# ----------------------------------------------------------------------------------------------------------------------
+def fisher(cfg, run, model=None, copies=4):
+    """(quantiser, Hessians, slopes) of a lively model."""
+    model, rows = model or lively(cfg), make_rows(run)
+    hessians = tg.collect_hessians(model, cfg, rows, run)
+    frequency = torch.full((cfg.vocab_size,), 1 / cfg.vocab_size)
+    slopes = tg.collect_slopes(model, cfg, rows * copies, hessians, frequency, run)
+    return tg.Quantizer(model, cfg, hessians, run, slopes), hessians, slopes
+
+
+def test_slopes_are_the_expected_squares_of_gradients(run):
+    """Against the exact expectation: labels are independent and a score's mean is zero, so squares add over targets and labels."""
+    cfg = small(vocab_size=12, num_loops=0, tie_embeddings=False)
+    model, batch = lively(cfg), tg.make_batch(np.arange(2, 9), np.arange(3, 10), np.array([0, 7], np.int32), 7, run)
+    name = "blocks.3.mlp.down"
+    out = []
+    hook = dict(model.named_modules())[name].register_forward_hook(lambda m, a, o: out.append(o))
+    logits = model.logits(*batch[:1], *batch[2:])
+    hook.remove()
+    log_p, expected = logits.log_softmax(-1), 0.0
+    for t in range(7):
+        for v in range(12):
+            g, = torch.autograd.grad(-log_p[t, v], out[0], retain_graph=True)
+            expected = expected + float(log_p[t, v].exp()) * g.square().sum(0) / 7
+    hessians = {n: torch.eye(p.shape[-1]) for n, p in model.named_parameters() if p.dim() == 2}
+    drawn = tg.collect_slopes(model, cfg, [batch] * 600, hessians, torch.full((12,), 1 / 12), run)[name + ".weight"]
+    assert float((drawn - expected).norm() / expected.norm()) < 0.1
+    assert float(drawn.sum() / expected.sum()) == pytest.approx(1, abs=0.06)
+
+
+def test_slopes_leave_the_model_as_it_was(run):
+    cfg = small()
+    model = lively(cfg)
+    before = [p.detach().clone() for p in model.parameters()]
+    fisher(cfg, run, model, 1)
+    assert all(p.requires_grad and p.grad is None and torch.equal(p, b) for p, b in zip(model.parameters(), before))
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_bit_saves_the_same_everywhere(run):
+    """g_r step_rj^2 / U_jj^2 is one number for all rows, columns and tensors, up to the grid and where limits hold."""
+    q, _, slopes = fisher(small(), run)
+    levels = []
+    for s in (s for s in q.stacks if s.column is not None):
+        u = torch.take_along_dim(s.factors.upper.diagonal(dim1=1, dim2=2), s.factors.order.argsort(1), 1)
+        g = torch.stack([slopes[n] for n in s.names])
+        levels.append((g.sqrt()[..., None] * (s.row[..., None] * s.column[:, None]) / u[:, None]).log2().flatten())
+    levels = torch.cat(levels)
+    assert len(levels) > 10000 and levels.max() - levels.min() < 2 / 16 + 0.01
+    plain = quantizer(small(), run)
+    ours, theirs = (sum(float(s.w[0, 0].numel() * s.row.log().sum()) for s in x.stacks if s.h is not None) for x in (q, plain))
+    assert ours == pytest.approx(theirs, abs=0.02 * q.weights), "the level begins where SDClip's is"
+
+
+def test_fishers_steps_cost_fewer_nats_at_equal_bits(run):
+    """Predicted by the same Hessians and slopes; that this is a loss on text is measured on GPUs (records/README.md)."""
+    cfg = small()
+    model = lively(cfg)
+    q, hessians, slopes = fisher(cfg, run, model)
+    plain = tg.Quantizer(model, cfg, hessians, run)
+    tensors, _ = plain.solve()
+    level = tg.coarsen_to(q, tg.coded_bits(tensors), 1.0)
+    nats = []
+    for out in (tensors, q.solve(level)[0]):
+        wrong = {n: (dict(model.named_parameters())[n].detach() - out[n].dense()) for n in slopes}
+        nats.append(sum(0.5 * float((((e @ hessians[n]) * e).sum(-1) * slopes[n]).sum()) for n, e in wrong.items()))
+    assert nats[1] < 0.8 * nats[0]
+    assert q.solve(level)[1]["nats"] == pytest.approx(nats[1], rel=0.02)
+
+
+def test_fishers_steps_become_finer_where_there_is_room(run):
+    cfg = small(**WIDER)
+    q, _, _ = fisher(cfg, run)
+    code = len(tg.pack_code(tg.SOURCE))
+    model = len(tg.build_artifact(q.solve()[0], q.kept, {}, ["zlib"])[0])
+    for share in (1.2, 0.8):
+        cfg = small(**WIDER, artifact_max_bytes=code + int(share * model))
+        data, _, coarser = tg.fit_artifact(q, {}, cfg, quiet_run(cfg))
+        assert 0.98 * cfg.artifact_max_bytes < len(data) + code <= cfg.artifact_max_bytes and (coarser < 1) == (share > 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -271,19 +355,21 @@ def test_collecting_leaves_no_hook_behind(run):
 # Coding
 # ----------------------------------------------------------------------------------------------------------------------
 @functools.cache
-def packed(coder="auto"):
+def packed(coder="auto", integers="range", rule="sdclip"):
     """(file, quantised tensors, kept parameters) of a small model, coded by one coder or by the best of all."""
     cfg = small()
     run = quiet_run(cfg)
-    q = quantizer(cfg, run)
+    q = quantizer(cfg, run) if rule == "sdclip" else fisher(cfg, run)[0]
     tensors, _ = q.solve()
-    data, parts = tg.build_artifact(tensors, q.kept, {"config": cfg.as_dict(), "note": "\u00e9"}, tg.codec_names(coder, run))
+    meta = {"config": cfg.as_dict(), "note": "\u00e9"}
+    data, parts = tg.build_artifact(tensors, q.kept, meta, tg.codec_names(coder, run), integers)
     return data, tensors, q.kept, parts
 
 
-@pytest.mark.parametrize("coder", [*CODERS, "auto"])
-def test_artifact_gives_back_every_bit(coder):
-    data, tensors, kept, parts = packed(coder)
+@pytest.mark.parametrize("coder, integers, rule", [*((c, i, "sdclip") for c in (*CODERS, "auto") for i in ("range", "sections")),
+                                                   ("auto", "range", "fisher"), ("auto", "sections", "fisher")])
+def test_artifact_gives_back_every_bit(coder, integers, rule):
+    data, tensors, kept, parts = packed(coder, integers, rule)
     manifest, weights = tg.read_artifact(data)
     assert manifest["config"] == small().as_dict() and manifest["note"] == "\u00e9"
     for n, t in tensors.items():
@@ -313,6 +399,46 @@ def test_auto_is_no_larger_than_any_coder_it_tries():
 def test_coders_invert(coder, data):
     _, code, decode = tg.codecs()[coder]
     assert decode(code(data)) == data
+
+
+def gaussians(rows, columns, spread, seed=0):
+    """Integers of rows whose scales lie `spread` octaves apart, as quantised weights are."""
+    rng = np.random.default_rng(seed)
+    scale = 2.0 ** rng.uniform(-spread, spread, (rows, 1)) * 3
+    q = torch.from_numpy((rng.standard_normal((rows, columns)) * scale).round().clip(-127, 127).astype(np.int8))
+    return tg.Quantized(q, torch.ones(rows).half())
+
+
+@pytest.mark.parametrize("shapes", [[(1, 1)], [(1, 1023)], [(1, 1024)], [(1, 1025)], [(7, 300), (2, 5), (64, 64)], [(3, 1)] * 5], ids=str)
+@pytest.mark.parametrize("kind", ["gauss", "zeros", "one", "noise"])
+def test_range_coder_inverts(shapes, kind):
+    made = {"gauss": lambda r, c: gaussians(r, c, 2.0), "zeros": lambda r, c: tg.Quantized(torch.zeros(r, c).char(), None),
+            "one": lambda r, c: tg.Quantized(torch.full((r, c), -127).char(), None),
+            "noise": lambda r, c: tg.Quantized(torch.randint(-128, 128, (r, c), generator=torch.Generator().manual_seed(0)).char(), None)}
+    tensors = {str(i): made[kind](*shape) for i, shape in enumerate(shapes)}
+    more, stream = tg.range_sections(tensors)
+    back = tg.ranged_integers({n: list(t.q.shape) for n, t in tensors.items()}, *more, stream)
+    assert all(torch.equal(back[n], t.q) for n, t in tensors.items())
+
+
+def test_range_coder_spends_the_entropy_and_knows_rows_by_their_scale():
+    """Within a tenth of a percent of the bits that it is said to spend; far below one table for all, and below brotli."""
+    tensors = {str(i): gaussians(512, 512, 1.5, i) for i in range(3)}
+    more, stream = tg.range_sections(tensors)
+    said = tg.coded_bits(tensors) / 8
+    assert said < len(stream) < 1.001 * said + 4 * tg.LANES
+    q = torch.cat([t.q.flatten() for t in tensors.values()]).numpy()
+    share = np.bincount(q.astype(int) + 128, minlength=256) / q.size
+    assert len(stream) < 0.95 * -(share[share > 0] * np.log2(share[share > 0])).sum() * q.size / 8
+    if "brotli" in CODERS:
+        assert len(stream) < 0.995 * len(tg.codecs()["brotli"][1](q.tobytes()))
+
+
+@pytest.mark.parametrize("counts", [[1, 0, 5], [10 ** 9, 1, 1], [1] * 256, [0, 0, 0]], ids=["few", "skewed", "flat", "none"])
+def test_frequencies_leave_nothing_without_a_code(counts):
+    row = np.pad(np.array(counts), (0, 256 - len(counts)))[None]
+    f = tg.to_frequencies(row)
+    assert f.sum() == (2 ** tg.PRECISION if row.any() else 0) and ((f > 0) == (row > 0)).all()
 
 
 def test_artifact_is_deterministic():

@@ -327,14 +327,14 @@ def test_small_gates_and_corrections_keep_their_relative_precision(run):
     cfg, errors = small(gated_attn_quant_gate=True, lqer_top_k=3, **coarse), {}
     model = lively(cfg)
     own = {n: p.data for n, p in model.named_parameters()}
-    for shrink in (1, 200):
+    for shrink in (1, 256):
         for w in own.values():
             w.div_(shrink)
         tensors, _ = tg.Quantizer(model, cfg, {}, run).solve()
         _, stored = tg.read_artifact(tg.build_artifact(tensors, {}, {}, ["zlib"])[0])
         errors[shrink] = {n: float((w - own[n]).norm() / own[n].norm()) for n, w in stored.items()}
     assert sum(n.endswith(tg.LOW_A) for n in tensors) == 3 and "blocks.0.attn.gate.weight" in errors[1]
-    assert errors[200] == pytest.approx(errors[1], rel=0.02, abs=0.002)  # fp16 steps lose that much
+    assert errors[256] == pytest.approx(errors[1], rel=0.02, abs=0.002)  # fp16 steps lose that much; a power of two, as they lie on a grid of octaves
 
 
 def test_samples_recur_as_training_did():
