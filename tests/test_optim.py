@@ -396,6 +396,9 @@ class Rows:
     def make(self, step):
         return [make_row(self.run, 10 * step + i) for i in range(2)]
 
+    def frequency(self):
+        return torch.full((64,), 1 / 64)
+
 
 def losses(run, warm, **knobs):
     """Losses and norms of eight steps, recurrence coming on midway, with or without a warm-up before."""

@@ -1,5 +1,6 @@
 """Quantisation and the artifact: against the published algorithm in fp64, bit by bit, and against damage of every kind."""
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -217,10 +218,13 @@ def test_coarser_steps_cost_fewer_bits(run):
     assert bits[0] > bits[1] > bits[2] and bits[0] - bits[1] == pytest.approx(1.0, abs=0.2)
 
 
-def test_coded_bits_is_the_entropy_given_the_rows_scales():
-    q = torch.tensor([[-1, -1, 0, 0], [0, 0, 127, -127], [0, 0, 127, -127]], dtype=torch.int8)
-    expected = 4 * 1 + 2 * 4 * (0.5 * 1 + 2 * 0.25 * 2)  # a row of its own, and two of one scale
-    assert tg.coded_bits({"w": tg.Quantized(q, torch.ones(2).half())}) == pytest.approx(expected)
+def test_coded_bits_is_the_entropy_given_the_scales():
+    q = torch.tensor([[-1, -1, 1, 1], [1, -1, 1, -1], [64, -64, 64, -64], [0, 0, 0, 0]], dtype=torch.int8)
+    # one scale a row, and no column differs: a bit a weight in three rows, and rows of zeros are free
+    assert tg.coded_bits({"w": tg.Quantized(q, torch.ones(4).half())}) == pytest.approx(12)
+    wide = q[:2] * torch.tensor([1, 1, 64, 64], dtype=torch.int8)  # a scale of columns is known too: signs are what is left
+    quarter = 0.25 * 2 + 0.75 * math.log2(4 / 3)  # in narrow and in wide columns one of four has the other sign
+    assert tg.coded_bits({"w": tg.Quantized(wide, torch.ones(2).half())}) == pytest.approx(8 * quarter)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -286,7 +290,7 @@ def test_fishers_steps_cost_fewer_nats_at_equal_bits(run):
     q, hessians, slopes = fisher(cfg, run, model)
     plain = tg.Quantizer(model, cfg, hessians, run)
     tensors, _ = plain.solve()
-    level = tg.coarsen_to(q, tg.coded_bits(tensors), 1.0)
+    level = tg.coarsen_to(q, tg.coded_bits(tensors), 1.0, 0.25)
     nats = []
     for out in (tensors, q.solve(level)[0]):
         wrong = {n: (dict(model.named_parameters())[n].detach() - out[n].dense()) for n in slopes}
