@@ -808,20 +808,6 @@ class Run:
             dist.destroy_process_group()
 
 
-def start_tracker(run: Run, cfg: Config) -> None:
-    """TRACK: the follower of the JSONL that feeds a tracker; it ends by itself with the run's result, or without news."""
-    if not cfg.track:
-        return
-    script = Path(__file__).resolve().parent / "records" / "track.py"
-    if not script.is_file():
-        raise ConfigError(f"TRACK={cfg.track}: {script} is missing; run from a checkout, or leave TRACK out")
-    command = [sys.executable, str(script), str(run.path(".jsonl")), "--to", cfg.track, "--follow",
-               "--from-byte", str(run.files[1].tell())]  # behind what an earlier run of this name has written
-    with open(run.path(".track.txt"), "w") as said:  # a session of its own: Ctrl-C here must not cut off the last lines
-        subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
-    run.log(f"track:{cfg.track}, its words are in {run.path('.track.txt')}")
-
-
 def tool(folder: str, name: str):
     """A script of the checkout beside this file, as a module: what a run can do without is neither counted nor shipped."""
     path = Path(__file__).resolve().parent / folder / f"{name}.py"
@@ -831,6 +817,17 @@ def tool(folder: str, name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def start_tracker(run: Run, cfg: Config) -> None:
+    """TRACK: the follower of the JSONL that feeds a tracker; it ends by itself with the run's result, or without news."""
+    if not cfg.track:
+        return
+    command = [sys.executable, tool("records", "track").__file__, str(run.path(".jsonl")), "--to", cfg.track, "--follow",
+               "--from-byte", str(run.files[1].tell())]  # behind what an earlier run of this name has written
+    with open(run.path(".track.txt"), "w") as said:  # a session of its own: Ctrl-C here must not cut off the last lines
+        subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+    run.log(f"track:{cfg.track}, its words are in {run.path('.track.txt')}")
 
 
 def sha256(data: bytes) -> str:
@@ -2158,9 +2155,7 @@ class Head(nn.Module):
         if tweak.caps is not None:  # AsymLogit (PR #1923): the cap of a logit depends on its sign
             up, down = (c.repeat_interleave(len(h) // len(tweak.caps))[:, None] for c in tweak.caps.unbind(1))
             cap = torch.where(logits > 0, up, down)
-        if targets is None:
-            return soft_cap(logits, cap)
-        return softcapped_nll(logits, targets, cap)
+        return soft_cap(logits, cap) if targets is None else softcapped_nll(logits, targets, cap)
 
 
 def call(module: nn.Module, *args):
@@ -4330,11 +4325,10 @@ def warm_up(model: GPT, optimizers: Optimizers, stream: TrainStream, cfg: Config
     if cfg.gptq_reserve_seconds >= 0 or not cfg.timed or cfg.quantizer != "gptq":
         return max(cfg.gptq_reserve_seconds, 0.0)
     with run.clock.span("reserve probe"):
-        calibrate(model, cfg, batches[:1], stream, run)
-        run.clock.switch("reserve probe")
-        start = run.clock.read()
-        calibrate(model, cfg, batches[:1], stream, run)
-        run.clock.switch("reserve probe")
+        for _ in range(2):  # the first also chooses kernels and takes memory
+            start = run.clock.read()
+            calibrate(model, cfg, batches[:1], stream, run)
+            run.clock.switch("reserve probe")
         one = run.clock.read() - start
     return run.agree(0.5 + 1.2 * one * cfg.gptq_calibration_batches)
 
