@@ -4543,8 +4543,8 @@ def report_size(data: bytes, code: bytes, parts: dict, coarser: float, cfg: Conf
     run.log(f"Code size: {parts['code']} bytes (packed; {len(SOURCE.encode())} readable)")
     run.log(f"Serialized model {label}: {len(data)} bytes")
     run.log(f"Total submission size {label}: {total} bytes ({cfg.artifact_max_bytes - total} below the cap)")
-    if coarser > 1:
-        run.log(f"fit: steps coarsened x{coarser:.4f}, about {math.log2(coarser):.3f} bits a weight given up")
+    if coarser != 1:
+        run.log(f"fit: steps x{coarser:.4f}, about {abs(math.log2(coarser)):.3f} bits a weight {'given up' if coarser > 1 else 'more'}")
     run.event("size", total=total, model=len(data), coarser=coarser, **parts)
     run.event("files", artifact=sha256(data), code=sha256(code))
 

@@ -7,10 +7,10 @@ Writes curves.png, waterfall.png, bytes.png, schedules.png (and sweep.png) and i
 table inside it, which needs no other file. Runs of one recipe share a colour and a name; seeds are single lines.
 """
 import argparse
+import dataclasses
 import base64
 import html
 import importlib.util
-import io
 import json
 import os
 import sys
@@ -285,7 +285,8 @@ def schedules(groups: dict[str, list[runs.Run]], program) -> Figure:
     progress = [i / 400 for i in range(401)]
     alike: dict[tuple, list[str]] = {}  # recipes with one schedule are one line
     for name, members in groups.items():
-        config = SimpleNamespace(**{k.lower(): v for k, v in members[0].config.items()})
+        told = {k.lower(): v for k, v in members[0].config.items()}  # knobs that are younger than the run have their defaults
+        config = program.Config(**{f.name: told[f.name] for f in dataclasses.fields(program.Config) if f.name in told})
         values = [program.Schedules(config).at(p) for p in progress]
         alike.setdefault(tuple((v.lr, v.momentum, 1 + v.looping * config.num_loops) for v in values), []).append(name)
     for i, (values, names) in enumerate(alike.items()):

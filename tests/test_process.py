@@ -817,7 +817,8 @@ def test_cap_that_can_be_reached_is_reached_by_coarser_steps(budgets, whole):
     cap = whole.path(".packed.py").stat().st_size + int(0.85 * whole.path(".artifact").stat().st_size)
     assert on_disk == size["total"] <= cap
     assert on_disk > 0.97 * cap, "no more is given up than needed"
-    assert 1 < size["coarser"] < 3 and re.search(r"^fit: steps coarsened x", ended.log, re.M)
+    before = whole.event("size")[0]["coarser"]  # under a cap that nothing reaches steps become as fine as they may
+    assert before < size["coarser"] < 10 * before and re.search(rf"^fit: steps x{size['coarser']:.4f}, about", ended.log, re.M)
     assert float(ended.scores["roundtrip"][1]) < float(whole.scores["roundtrip"][1]) + 0.1
 
 

@@ -229,8 +229,9 @@ def readable_code(folder: Path) -> None:
 
 def other_code(folder: Path) -> None:
     """A packed file of the same size that is another program: one literal changed inside."""
-    source = runs.unpack_code((folder / "train_gpt.py").read_text()).replace("0.0001", "0.0002", 1)
-    (folder / "train_gpt.py").write_text(source)
+    source = runs.unpack_code((folder / "train_gpt.py").read_text())
+    assert "1e-4" in source
+    (folder / "train_gpt.py").write_text(source.replace("1e-4", "2e-4", 1))
 
 
 def helper_module(folder: Path) -> None:
