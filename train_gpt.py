@@ -148,7 +148,7 @@ class DataKnobs:
     micro_batch_tokens: int = knob(131072, "most tokens in one forward pass of a rank; memory decides", low=1)
     train_seq_len: int = knob(2048, "longest segment in training; longer documents are split", low=2)
     train_seq_schedule: str = knob("", "shorter segments first, as tokens:fraction of the run at which they end, ...: "
-                                   "1024:0.35; attention is cheaper by as much; empty: TRAIN_SEQ_LEN always")
+                                   "1024:0.35; empty: TRAIN_SEQ_LEN always")
     loader: str = knob("shuffled", "order of blocks: permuted anew each epoch, as they lie, or strides coprime to each shard's "
                        "length over several shards at once (PR #1880)", ("shuffled", "sequential", "coprime"))
     doc_isolation: bool = knob(True, "documents do not see each other in attention, positions and smearing")
@@ -307,15 +307,17 @@ class PackKnobs:
     ttt_unfreeze_blocks: int = knob(2, "blocks that TTT_PARAMS=last moves, with all gains and gates", low=0)
 
 
+CODED_AS_PUBLISHED = dict(step_rule="sdclip", weight_coder="sections")  # of all systems before this one
+
 # The published naive baseline: no tricks, int8 and zlib. Learning rates and momentum as upstream's script has them.
-BASELINE = dict(
+BASELINE = CODED_AS_PUBLISHED | dict(
     vocab_size=1024, num_layers=9, mlp_mult=2.0, mlp_act="relu2", train_seq_len=1024, eval_seq_len=1024,
     train_batch_tokens=524288, qk_gain_init=1.5, rope_dims=0, ln_scale=False, xsa_last_n=0, attn_gate="none",
     smear_gate="none", unet_skips="plain", num_loops=0, parallel_residual="none", doc_isolation=False,
     matrix_lr=0.04, scalar_lr=0.04, tied_embed_lr=0.05, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
     muon_momentum_warmup_frac=0.036, muon_coefficients="quintic", muon_row_normalize=False, muon_wd=0.0, embed_wd=0.0,
     adam_wd=0.0, beta2=0.95, grad_clip_norm=0.0, warmdown_frac=0.087, min_lr=0.0, average="none", quantizer="rtn",
-    step_rule="sdclip", weight_coder="sections", matrix_bits=8, embed_bits=8, attn_clip_sigmas=6.0, mlp_clip_sigmas=6.0, embed_clip_sigmas=6.0, compressor="zlib",
+    matrix_bits=8, embed_bits=8, attn_clip_sigmas=6.0, mlp_clip_sigmas=6.0, embed_clip_sigmas=6.0, compressor="zlib",
     sliding_window_enabled=False, ttt_enabled=False)
 
 # The whole job on two CPU cores in three minutes: every stage of the record at a hundredth of its size.
@@ -331,7 +333,6 @@ SMOKE = dict(
 # The seed systems of the contest, each a table of what differs from the one before it that it grew out of. Counts of steps
 # are turned into fractions of the run by the number of steps that the original logged. What the originals did against the
 # contest's rules, or by mistake (notes in records/README.md), is not repeated.
-CODED_AS_PUBLISHED = dict(step_rule="sdclip", weight_coder="sections")
 NO_EXTRAS = CODED_AS_PUBLISHED | dict(ngram_tilt_boost=0.0, ttt_asym_logit=False, phased_ttt_num_phases=0)
 PR413 = BASELINE | NO_EXTRAS | dict(
     # its ablation: 1,000 steps, of which a warm-down of 3,000 leaves the last third, and a momentum warm-up of 1,500 two
@@ -603,6 +604,7 @@ def shell_environment() -> dict:
     """The process environment, read here and nowhere else."""
     return dict(os.environ)
 
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. RUNTIME - where this process runs and what it tells: ranks, device, log and JSONL, two budget clocks made of named
 #    spans that add up to the wall time, atomic files, signals. Only this room prints, and only it knows the time.
@@ -808,12 +810,17 @@ class Run:
             dist.destroy_process_group()
 
 
-def tool(folder: str, name: str):
-    """A script of the checkout beside this file, as a module: what a run can do without is neither counted nor shipped."""
+def script(folder: str, name: str) -> Path:
+    """A script of the checkout beside this file: what a run can do without is neither counted nor shipped."""
     path = Path(__file__).resolve().parent / folder / f"{name}.py"
     if not path.is_file():
         raise SystemExit(f"{path} is missing; run from a checkout")
-    spec = importlib.util.spec_from_file_location(name, path)
+    return path
+
+
+def tool(folder: str, name: str):
+    """Such a script as a module."""
+    spec = importlib.util.spec_from_file_location(name, script(folder, name))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -823,7 +830,7 @@ def start_tracker(run: Run, cfg: Config) -> None:
     """TRACK: the follower of the JSONL that feeds a tracker; it ends by itself with the run's result, or without news."""
     if not cfg.track:
         return
-    command = [sys.executable, tool("records", "track").__file__, str(run.path(".jsonl")), "--to", cfg.track, "--follow",
+    command = [sys.executable, str(script("records", "track")), str(run.path(".jsonl")), "--to", cfg.track, "--follow",
                "--from-byte", str(run.files[1].tell())]  # behind what an earlier run of this name has written
     with open(run.path(".track.txt"), "w") as said:  # a session of its own: Ctrl-C here must not cut off the last lines
         subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
@@ -1061,7 +1068,7 @@ class TrainStream:
         self.tokens = sum(len(s) for s in self.shards)
         if self.ends[-1] < 1:
             raise SystemExit(f"{cfg.dataset} holds {self.tokens} training tokens, fewer than PACK_TOKENS={self.pack}")
-        self.micro = micro_blocks(cfg, run.world)
+        self.micro, self.limits = micro_blocks(cfg, run.world), cfg.seq_limits
         self.room = self.guess_room()
         self.pool, self.ahead = ThreadPoolExecutor(1), {}  # the next step is cut while this one runs
         self.order: tuple[int, np.ndarray] = (-1, np.empty(0))
@@ -1069,6 +1076,12 @@ class TrainStream:
     @property
     def micro_steps(self) -> int:
         return self.per_step // self.run.world // self.micro
+
+    def calibration(self) -> list[Batch]:
+        """GPTQ_CALIBRATION_BATCHES of this rank's rows, from steps behind the last that training can reach."""
+        count = self.cfg.gptq_calibration_batches
+        steps = range(self.cfg.iterations, self.cfg.iterations + -(-count // self.micro_steps))
+        return [b for step in steps for b in self.make(step)][:count]
 
     def frequency(self, most: int = 5_000_000) -> Tensor:
         """Share of each token among the first `most` training tokens, with one more of each: [V] fp32."""
@@ -1081,7 +1094,7 @@ class TrainStream:
         if not self.run.gpu:
             return 0
         picks = np.linspace(0, self.ends[-1] - 1, 64).astype(int)
-        shortest = self.cfg.seq_limits[0][1]  # gives the most segments
+        shortest = self.limits[0][1]  # gives the most segments
         counts = [len(cut_segments(self.block(i)[:-1], np.array([0]), shortest, True)) for i in picks]
         expected = self.micro * np.mean(counts) + 6 * np.sqrt(self.micro) * np.std(counts)
         return 64 * math.ceil(expected / 64)
@@ -1128,7 +1141,7 @@ class TrainStream:
 
     def get(self, step: int, p: float = 1.0) -> list[Batch]:
         """The batches of a step at progress p; the next step's are made meanwhile on a thread."""
-        limit = next(limit for until, limit in self.cfg.seq_limits if p < until)
+        limit = next(limit for until, limit in self.limits if p < until)
         now, ahead = (step, limit), (step + 1, limit)  # a limit that has just changed finds nothing made for it
         batches = self.ahead.pop(now).result() if now in self.ahead else self.make(step, limit)
         self.ahead = {ahead: self.pool.submit(self.make, *ahead)}
@@ -1650,16 +1663,19 @@ if installed("triton"):
             tl.store(at + c, slope.to(LOGITS.dtype.element_ty), mask=c < V)
 
 
-# The fused forms as opaque operators, like FlashAttention-4 above: each stays one node of a compiled block. Between two
-# GEMMs they read and write every row once; what the inductor makes of the eager twins takes up to twice as long.
+# The fused forms as opaque operators, like FlashAttention-4 above: each stays one node of a compiled block, and reads and
+# writes every row once. What they save is in the speed log of records/README.md.
+HEAD_TOKENS = 32  # of one head, a program
+
+
 @operator("heads", lambda qkv, gain, cos, sin, heads, kv: tuple(
     qkv.new_empty(len(qkv), n, qkv.shape[1] // (heads + 2 * kv)) for n in (heads, kv, kv)))
 def heads_op(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, heads: int, kv: int) -> tuple[Tensor, Tensor, Tensor]:
     """heads_eager's three tensors, each contiguous; cos and sin [T, 1, rotary channels / 2]."""
     T, E = len(qkv), qkv.shape[1] // (heads + 2 * kv)
     q, k, v = (qkv.new_empty(T, n, E) for n in (heads, kv, kv))
-    heads_forward[triton.cdiv(T, 32), heads + 2 * kv](qkv, gain, cos, sin, q, k, v, T, NORM_EPS, H=heads, KV=kv, E=E,
-                                                      HALF=cos.shape[-1], N=32, num_warps=4)
+    heads_forward[triton.cdiv(T, HEAD_TOKENS), heads + 2 * kv](
+        qkv, gain, cos, sin, q, k, v, T, NORM_EPS, H=heads, KV=kv, E=E, HALF=cos.shape[-1], N=HEAD_TOKENS, num_warps=4)
     return q, k, v
 
 
@@ -1668,10 +1684,10 @@ def heads_backward_op(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain: Ten
                       sin: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of qkv and gain."""
     T, heads, E = dq.shape
-    dqkv, sums = torch.empty_like(qkv), gain.new_empty(triton.cdiv(T, 32), heads, dtype=torch.float32)
+    dqkv, sums = torch.empty_like(qkv), gain.new_empty(triton.cdiv(T, HEAD_TOKENS), heads, dtype=torch.float32)
     heads_backward[len(sums), heads + 2 * dk.shape[1]](
         qkv, gain, cos, sin, dq.contiguous(), dk.contiguous(), dv.contiguous(), dqkv, sums, T, NORM_EPS, H=heads,
-        KV=dk.shape[1], E=E, HALF=cos.shape[-1], N=32, num_warps=4)
+        KV=dk.shape[1], E=E, HALF=cos.shape[-1], N=HEAD_TOKENS, num_warps=4)
     return dqkv, sums.sum(0).to(gain.dtype)
 
 
@@ -1770,6 +1786,8 @@ def orthogonalize(g: Tensor, coefficients: tuple) -> Tensor:
 # 7. LAYERS - the parts of a block. One Attention.forward serves training, scoring, test-time training, calibration and
 #    sampling. Weights are fp32 masters, cast where they are used. A forward asks `is not None`, never the config.
 # ----------------------------------------------------------------------------------------------------------------------
+
+
 class Past(NamedTuple):
     """What one visit remembers of S documents: keys and values [S, cells, K, E], where they go on [S], cells in the ring."""
     k: Tensor
@@ -2146,7 +2164,7 @@ class Head(nn.Module):
     def forward(self, h: Tensor, targets: Tensor | None, tied: Tensor, tweak: HeadAdapters = HeadAdapters()) -> Tensor:
         """Per-token nats [T] fp32, or without targets the softcapped logits [T, V] fp32."""
         weight = (tied if self.weight is None else self.weight).to(h.dtype)
-        if targets is not None and targets.dim() == 1 and not any(t is not None for t in tweak):
+        if targets is not None and targets.dim() == 1 and all(t is None for t in tweak):
             return self.plain_nll(h, weight, targets, self.cap)
         logits = corrected(F.linear(h, weight), h, tweak.low).float()  # bf16 products, fp32 from here
         if tweak.bias is not None:
@@ -2468,14 +2486,13 @@ class Muon:
                 u = full
             weights = [p.data[at:at + n] for p, at, n in members]
             updates = [x.to(weights[0].dtype) for x in u[:len(weights)].unbind(0)]
-            if self.cfg.muon_cautious_wd:  # where both have one sign the step goes towards zero anyway (arXiv 2411.16085)
+            if self.cfg.muon_cautious_wd:  # where both have one sign the step goes towards zero anyway (Cautious Weight Decay, arXiv 2510.12402)
                 agree = [(a > 0).to(a.dtype) for a in torch._foreach_mul(updates, weights)]
                 torch._foreach_addcmul_(weights, weights, agree, value=-lr * self.cfg.muon_wd)
             else:
                 torch._foreach_mul_(weights, 1 - lr * self.cfg.muon_wd)  # decay first, decoupled from the gradient
             shape = 1.0 if self.cfg.muon_normalize_update else math.sqrt(max(1.0, rows / cols))  # unit rows have one length
             torch._foreach_add_(weights, updates, alpha=-lr * shape)
-
 
     def even_out(self, i: int, u: Tensor) -> Tensor:
         """NorMuon (arXiv 2510.05491): neurons over the root of their running mean square, every matrix's norm kept. [N, R, C]"""
@@ -2836,7 +2853,7 @@ class Quantizer:
         # the mean of log(step) over weights is what decides the bits
         made, shift, count = [], 0.0, 0
         for s in self.stacks:
-            if s.h is None or s.names[0] not in self.slopes:
+            if s.h is None or not self.slopes.keys() >= set(s.names):
                 made.append(s)
                 continue
             u = torch.take_along_dim(s.factors.upper.diagonal(dim1=1, dim2=2), s.factors.order.argsort(1), 1)
@@ -2947,7 +2964,7 @@ def unshuffle_bytes(data: bytes) -> np.ndarray:
 
 
 # Range coding (rANS, arXiv 1311.2540) of the integers: given the scales of their row and column, trained weights are independent
-# and close to Gaussian, so the entropy by scale is all there is to gain. A thousand interleaved states keep numpy busy.
+# and close to Gaussian, so the entropy by scale is nearly all there is to gain. A thousand interleaved states keep numpy busy.
 PRECISION, LANES, SCALES = 15, 1024, 128  # probabilities are multiples of 2^-15
 
 
@@ -3036,11 +3053,22 @@ def ranged_integers(shapes: dict[str, list[int]], rows: bytes, columns: bytes, t
     return {n: q.reshape(shape) for (n, shape), q in zip(shapes.items(), flat.split([math.prod(x) for x in shapes.values()]))}
 
 
+def bits_by_tensor(tensors: dict[str, Quantized]) -> dict[str, float]:
+    """Entropy of each tensor's integers given their scales, by the frequencies of all: what the range coder spends on it."""
+    counts = scale_counts(tensors)
+    whole = sum(counts.values()).double()
+    spent = -(whole / whole.sum(1, keepdim=True).clamp_min(1)).clamp_min(1e-12).log2()
+    return {n: float((c * spent).sum()) for n, c in counts.items()}
+
+
+def coded_bits(tensors: dict[str, Quantized]) -> float:
+    """The same of all integers."""
+    return sum(bits_by_tensor(tensors).values())
+
+
 def share_out(total: int, tensors: dict[str, Quantized]) -> dict[str, int]:
     """Bytes of one stream by tensor, in proportion to the entropy of each; the rounding goes to the last."""
-    counts = scale_counts(tensors)
-    p = sum(counts.values()).double()
-    bits = {n: float(-(c * (p / p.sum(1, keepdim=True).clamp_min(1)).clamp_min(1e-12).log2()).sum()) for n, c in counts.items()}
+    bits = bits_by_tensor(tensors)
     edges = (np.cumsum([0, *bits.values()]) / max(sum(bits.values()), 1e-9) * total).round().astype(int)
     edges[-1] = total
     return {n: int(b - a) for n, a, b in zip(bits, edges, edges[1:])}
@@ -3143,13 +3171,6 @@ def pack_code(source: str) -> bytes:
             "n=__file__+'!unpacked'\n"
             "linecache.cache[n]=(len(s),None,s.splitlines(True),n)\n"
             "exec(compile(s,n,'exec'))\n").encode()
-
-
-def coded_bits(tensors: dict[str, Quantized]) -> float:
-    """Entropy of all integers given their scales, in bits: what the range coder spends."""
-    counts = sum(scale_counts(tensors).values()).double()
-    share = counts / counts.sum(1, keepdim=True).clamp_min(1)
-    return -float((counts * share.clamp_min(1e-12).log2()).sum())
 
 
 def fit_artifact(quantizer: Quantizer, meta: dict, cfg: Config, run: Run) -> tuple[bytes, dict, float]:
@@ -3624,7 +3645,8 @@ class Scorer:
         self.nll = hedge(torch.cat((self.nll.double()[None], nats)), moment, self.cfg.mixer_eta)
 
     def report(self, done: int, what: str, nll: Tensor) -> None:
-        """Every ten seconds, from this rank's nats so far [N] (0: not scored): running bpb of this rank's share, tokens a second over all ranks, time left."""
+        """Every ten seconds, from this rank's nats so far [N] (0: not scored): running bpb of its share, tokens a second over all
+        ranks, time left."""
         now = self.run.clock.read()
         if now - self.told < 10:
             return
@@ -3669,32 +3691,28 @@ class Adapter:
         self.order = np.arange(val.targets)  # positions in the order in which they are learned
         chosen = adapted_names(model, cfg)
         self.params = [p for n, p in model.named_parameters() if n in chosen]
-        self.still = [p for n, p in model.named_parameters() if n not in chosen]
+        self.others_rest = learning_only(model, chosen)
         self.saved = [p.detach().clone() for p in self.params]  # the artifact's weights come back afterwards
         # Polyak: scores read an average of the weights, training goes on from the weights themselves
         self.average = [p.detach().clone() for p in self.params] if cfg.ttt_polyak else []
         kinds = {"sgd": lambda ps: torch.optim.SGD(ps, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum),
                  "adamw": lambda ps: torch.optim.AdamW(ps, lr=cfg.ttt_lr, weight_decay=0.0)}
         self.optimizer = kinds[cfg.ttt_optimizer](self.params)
-        self.row, self.mask = None, None  # where a recorded row finds its tokens and its weights
+        self.row = self.mask = self.replay = None  # a recorded row: its tokens, their weights, what is done with them
         self.grads = [torch.zeros_like(p) for p in self.params]
-        self.replay = Replay(self.add_gradient, run.gpu, None)
 
     def __enter__(self):
-        for p in self.still:
-            p.requires_grad_(False)
+        self.others_rest.__enter__()
         for p, g in zip(self.params, self.grads):
             p.grad = g
         return self
 
     def __exit__(self, *error):
         """Give the model back as it was, and the recorded row's memory."""
-        self.row = self.replay = None
-        for p in self.still:
-            p.requires_grad_(True)
+        self.row = self.mask = self.replay = None
+        self.others_rest.__exit__(*error)
         for p, s in zip(self.params, self.saved):
             p.data.copy_(s)
-            p.grad = None
 
     def learn(self, begin: int, end: int, lr: float) -> None:
         """Train on positions order[begin:end], in steps of TTT_BATCH_TOKENS over all ranks."""
@@ -4517,9 +4535,7 @@ def build_model(cfg: Config, run: Run) -> GPT:
 def pack(model: GPT, cfg: Config, run: Run, stream: TrainStream, tokenizer: Tokenizer, val: ValidationSet) -> bytes:
     """Averaged weights to an artifact on disk (rank 0) and in memory (all ranks)."""
     with run.clock.span("hessians"):  # reads training data, so it is on the training clock
-        count = -(-cfg.gptq_calibration_batches // stream.micro_steps)
-        batches = [b for i in range(count) for b in stream.make(cfg.iterations + i)][:cfg.gptq_calibration_batches]
-        hessians, slopes = calibrate(model, cfg, batches, stream, run)
+        hessians, slopes = calibrate(model, cfg, stream.calibration(), stream, run)
     run.log(f"gptq:calibrated {len(hessians)} layers in {run.clock.seconds['hessians']:.1f}s")
     data = b""  # only rank 0 quantises; the others receive the file
     with run.clock.span("quantise and pack"):

@@ -236,9 +236,7 @@ def after_training(tg, model, cfg, run, stream, val, tokenizer) -> dict[str, flo
             found[name] = time.perf_counter() - start
         return made
 
-    count = -(-cfg.gptq_calibration_batches // stream.micro_steps)
-    batches = [b for i in range(count) for b in stream.make(i)][:cfg.gptq_calibration_batches]
-    hessians, slopes = clocked("hessians", lambda: tg.calibrate(model, cfg, batches, stream, run))
+    hessians, slopes = clocked("hessians", lambda: tg.calibrate(model, cfg, stream.calibration(), stream, run))
     meta = {"config": cfg.as_dict(), "tokenizer": tokenizer.sha256, "validation": {}, "source": "", "train_tokens": 0}
     clocked("quantise and pack", lambda: tg.fit_artifact(tg.Quantizer(model, cfg, hessians, run, slopes), meta, cfg, run))
     docs = fake_documents(tg, val, cfg, 1_000_000 if run.gpu else 10_000)
@@ -255,17 +253,16 @@ def after_training(tg, model, cfg, run, stream, val, tokenizer) -> dict[str, flo
 def bench(tg, model, cfg, run, stream, val, tokenizer) -> None:
     """Everything, as lines of the log and as one JSON file."""
     import torch
-    rates = doctor(tg, model, cfg, run, stream)
-    batch = stream.make(0)[0]
+    rates, batches = doctor(tg, model, cfg, run, stream), stream.make(0)
     optimizers = tg.Optimizers(model, cfg, run)
-    tg.train_step(model, optimizers, [batch], tg.Values(1.0, cfg.muon_momentum, False))
+    tg.train_step(model, optimizers, batches[:1], tg.Values(1.0, cfg.muon_momentum, False))
     optimiser = timed(lambda: optimizers.step(tg.Values(0.0, cfg.muon_momentum, False)), run)
     run.log(f"optimiser: {1000 * optimiser:.2f} ms a step")
     ceiling = ceilings(run)
     for looping, seconds in rates.items():
-        used = step_flops(model, cfg, stream.make(0), looping) / seconds / ceiling[1]
+        used = step_flops(model, cfg, batches, looping) / seconds / ceiling[1]
         run.log(f"model FLOP utilisation {'with' if looping else 'without'} recurrence: {used:.1%} of the measured product rate")
-    table = kernel_table(tg, model, cfg, run, batch, ceiling)
+    table = kernel_table(tg, model, cfg, run, batches[0], ceiling)
     optimizers.zero_grad()
     tg.initialize(model, cfg)  # the probes have moved the weights
     model.looping = cfg.num_loops > 0
