@@ -238,8 +238,9 @@ class OptimKnobs:
 class PackKnobs:
     """Quantisation, artifact and evaluation."""
     quantizer: str = knob("gptq", "gptq feeds rounding errors forward through the Hessian; rtn rounds", ("gptq", "rtn"))
-    step_rule: str = knob("fisher", "steps of rows from their own spread (SDClip), or of rows and columns from what their errors "
-                          "cost in nats, as fine as the cap allows", ("sdclip", "fisher"))
+    step_rule: str = knob("trellis", "steps of rows by their own spread (SDClip); of rows and columns by what errors cost in nats, "
+                          "as fine as the cap allows (Fisher); the same with integers chosen along a trellis",
+                          ("sdclip", "fisher", "trellis"))
     weight_coder: str = knob("range", "integers of all tensors in one range-coded stream by the scales of row and column, or a "
                              "section a tensor by COMPRESSOR", ("range", "sections"))
     matrix_bits: int = knob(6, "integer range of matrices; the sigmas, not the bits, set the size", low=2, high=8)
@@ -269,8 +270,8 @@ class PackKnobs:
                           "every 40 documents, 8 to 512", low=0)
     ttt_chunk_size: str = knob("256:8,2000:16,24", "lora: tokens scored before each step, as longest-document:tokens, ..., rest")
     ttt_lora_sites: str = knob("qvomh", "lora: where adapters act: q, k, v, o, m (MLP), h (head)")
-    ttt_lora_rank: int = knob(80, "lora: rank", low=1)
-    ttt_lora_alpha: float = knob(144.0, "lora: output scale times rank", low=0)
+    ttt_lora_rank: int = knob(160, "lora: rank", low=1)
+    ttt_lora_alpha: float = knob(288.0, "lora: output scale times rank", low=0)
     ttt_lora_lr: float = knob(1e-4, "lora: AdamW step (PR #2130: 2e-4 diverges)", low=0)
     ttt_weight_decay: float = knob(0.5, "lora: decoupled decay (PR #1945: 2.0 is steadier)", low=0)
     ttt_beta1: float = knob(0.0, "lora: AdamW", low=0, high=1)
@@ -331,8 +332,9 @@ SMOKE = dict(
     val_docs=150, artifact_max_bytes=400_000)
 
 # The seed systems of the contest, each a table of what differs from the one before it that it grew out of. Counts of steps
-# are turned into fractions of the run by the number of steps that the original logged. What the originals did against the
-# contest's rules, or by mistake (notes in records/README.md), is not repeated.
+# are turned into fractions of the run by the number of steps that the original logged, and so are the horizons of averages
+# (1 / (1 - decay) steps). What the originals did against the contest's rules, or by mistake (notes in records/README.md), is
+# not repeated.
 NO_EXTRAS = CODED_AS_PUBLISHED | dict(ngram_tilt_boost=0.0, ttt_asym_logit=False, phased_ttt_num_phases=0)
 PR413 = BASELINE | NO_EXTRAS | dict(
     # its ablation: 1,000 steps, of which a warm-down of 3,000 leaves the last third, and a momentum warm-up of 1,500 two
@@ -347,29 +349,29 @@ PR430 = PR413 | dict(
     ln_scale=True, attn_gate="scalar", value_residual="none", x0_residual=True, ve_layers="9,10", bigram_vocab_size=6144,
     train_batch_tokens=786432, iterations=20000, max_wallclock_seconds=600.0, matrix_lr=0.025, scalar_lr=0.025,
     tied_embed_lr=0.035, warmdown_frac=0.62, muon_momentum=0.99, muon_momentum_warmup_frac=0.265, muon_normalize_update=False,
-    average="ema", ema_decay=0.997, quantizer="gptq", matrix_bits=5, eval_stride=64, ttt_method="chunk", ttt_optimizer="adamw",
+    average="ema", ema_horizon=0.0589, quantizer="gptq", matrix_bits=5, eval_stride=64, ttt_method="chunk", ttt_optimizer="adamw",
     ttt_lr=5e-4, ttt_params="last", ttt_polyak=0.998, ttt_byte_weighted=True, mixer="ubt")
 PR490 = PR430 | dict(
     num_kv_heads=4, mlp_mult=3.0, xsa_last_n=0, rope_dims=0, rope_base=20449.0,  # NTK again: 2^(64/62)
     ln_scale=False, attn_gate="dense", value_residual="mix", x0_residual=False, ve_layers="", bigram_vocab_size=4096,
-    warmdown_frac=0.2, muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_frac=0.083, matrix_bits=6,
-    ttt_lr=1e-4, ttt_chunk_tokens=131072, ttt_polyak=0.0, ttt_byte_weighted=False, mixer="")
+    warmdown_frac=0.2, muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_frac=0.083,
+    ema_horizon=0.0553, matrix_bits=6, ttt_lr=1e-4, ttt_chunk_tokens=131072, ttt_polyak=0.0, ttt_byte_weighted=False, mixer="")
 PR1880 = NO_EXTRAS | dict(
     logit_softcap=15.0, attn_gate="out", smear_gate="post", parallel_residual="one", parallel_start_layer=7, loader="coprime",
     doc_isolation=False, matrix_lr=0.022, muon_momentum=0.99, muon_momentum_warmup_frac=0.337, muon_coefficients="quintic",
-    beta2=0.95, warmdown_frac=0.72, min_lr=0.0, ema_decay=0.9965, attn_clip_sigmas=12.85, mlp_clip_sigmas=12.85, embed_bits=8,
+    beta2=0.95, warmdown_frac=0.72, min_lr=0.0, ema_horizon=0.0642, attn_clip_sigmas=12.85, mlp_clip_sigmas=12.85, embed_bits=8,
     embed_clip_sigmas=20.0, gptq_calibration_batches=64, eval_seq_len=2048, ttt_method="chunk")
 PR1693 = NO_EXTRAS | dict(
     attn_gate="out", smear_gate="post", muon_momentum_warmup_frac=0.306, muon_coefficients="quintic", beta2=0.95,
-    warmdown_frac=0.75, min_lr=0.0, ema_decay=0.9965, mlp_clip_sigmas=12.0, embed_clip_sigmas=15.0, eval_seq_len=2048,
+    warmdown_frac=0.75, min_lr=0.0, ema_horizon=0.0583, mlp_clip_sigmas=12.0, embed_clip_sigmas=15.0, eval_seq_len=2048,
     ttt_chunk_size="48", ttt_lora_sites="qkvomh", ttt_lora_rank=96, ttt_lora_alpha=96.0, ttt_beta2=0.999,
     ttt_warm_start_a=False, phased_ttt_num_phases=3, phased_ttt_prefix_docs=2000)
 PR1855 = NO_EXTRAS | dict(
-    ema_decay=0.9965, gated_attn_quant_gate=True, lqer_top_k=3, eval_seq_len=2048, ttt_chunk_size="48", ttt_lora_sites="qkvomh",
-    phased_ttt_num_phases=3, phased_ttt_prefix_docs=2500)
+    gated_attn_quant_gate=True, lqer_top_k=3, eval_seq_len=2048, ttt_chunk_size="48", ttt_lora_sites="qkvomh",
+    ttt_lora_rank=80, ttt_lora_alpha=144.0, phased_ttt_num_phases=3, phased_ttt_prefix_docs=2500)
 PR2135 = CODED_AS_PUBLISHED | dict(
-    matrix_lr=0.028, ema_decay=0.9965, lqer_top_k=3, lqer_asym_group=32, gptq_calibration_batches=32, eval_seq_len=2560,
-    ttt_chunk_size="48", ttt_lora_lr=8e-5, ttt_weight_decay=2.0, phased_ttt_prefix_docs=2500)
+    matrix_lr=0.028, lqer_top_k=3, lqer_asym_group=32, gptq_calibration_batches=32, eval_seq_len=2560,
+    ttt_chunk_size="48", ttt_lora_rank=80, ttt_lora_alpha=144.0, ttt_lora_lr=8e-5, ttt_weight_decay=2.0, phased_ttt_prefix_docs=2500)
 
 # An empty table: the defaults are the record.
 PRESETS = {"record": {}, "baseline": BASELINE, "pr413": PR413, "pr430": PR430, "pr490": PR490, "pr1880": PR1880,
@@ -578,6 +580,7 @@ def validate(cfg: Config, world: int) -> None:
         (set(d.ttt_lora_sites) <= set("qkvomh"), "TTT_LORA_SITES", "letters of q k v o m h"),
         (bool(d.ttt_chunks), "TTT_CHUNK_SIZE", "must not be empty"),
         (d.logit_softcap > 0 or not d.ttt_asym_logit, "TTT_ASYM_LOGIT", "adapts softcaps, but LOGIT_SOFTCAP=0: set it to 0 too"),
+        (d.step_rule != "trellis" or d.weight_coder == "range", "STEP_RULE", "only WEIGHT_CODER=range knows a trellis; fisher without"),
         (set(d.mixer) <= set("ubtp") and len(set(d.mixer)) == len(d.mixer), "MIXER", "letters of u b t p, each once"),
         (d.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE", "at least 2: one row is for tokens without a predecessor"),
         (d.trigram_vocab_size != 1, "TRIGRAM_VOCAB_SIZE", "at least 2: one row is for tokens without predecessors"),
@@ -1582,7 +1585,7 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat(((a * cos + b * sin).to(x.dtype), (b * cos - a * sin).to(x.dtype), rest), -1)
 
 
-def heads_eager(qkv: Tensor, gain: Tensor, rope: tuple, counts: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def heads(qkv: Tensor, gain: Tensor, rope: tuple, counts: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """The three parts of qkv [T, (H + 2K) E]; queries and keys normalised and rotated, queries times their head's gain."""
     q, k, v = qkv.unflatten(-1, (sum(counts), -1)).split(counts, 1)
     return rotate(norm(q), rope) * gain.to(q.dtype)[:, None], rotate(norm(k), rope), v
@@ -1594,60 +1597,6 @@ def head_nll_eager(h: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Te
 
 
 if installed("triton"):
-    @triton.jit
-    def rope_tables(COS, SIN, row, live, E: tl.constexpr, HALF: tl.constexpr):
-        """Factor of a channel, factor of its partner, and the partner's channel where there is one (else 1, 0, masked)."""
-        e = tl.arange(0, E)[None, :]
-        at, turns = row * HALF + e % HALF, live & (e < 2 * HALF)
-        c, s = tl.load(COS + at, mask=turns, other=1.0), tl.load(SIN + at, mask=turns, other=0.0)
-        return c, tl.where(e < HALF, s, -s), tl.where(e < HALF, e + HALF, e - HALF), turns
-
-    @triton.jit
-    def heads_forward(QKV, GAIN, COS, SIN, Q, K, V, T, eps, H: tl.constexpr, KV: tl.constexpr, E: tl.constexpr,
-                      HALF: tl.constexpr, N: tl.constexpr):
-        """One program: N tokens of one head. A pair's other channel is read again, from the cache, instead of shuffled."""
-        t, head, e = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1), tl.arange(0, E)[None, :]
-        row, live = t.to(tl.int64)[:, None], (t < T)[:, None]
-        at = QKV + row * ((H + 2 * KV) * E) + head * E
-        x = tl.load(at + e, mask=live, other=0.0).to(tl.float32)
-        if head < H + KV:
-            c, s, partner, turns = rope_tables(COS, SIN, row, live, E, HALF)
-            r = tl.rsqrt(tl.sum(x * x, 1) / E + eps)[:, None]
-            x = r * (x * c + s * tl.load(at + partner, mask=turns, other=0.0).to(tl.float32))
-        # a program's head is wholly a query, a key or a value: no thread diverges here
-        if head < H:
-            x *= tl.load(GAIN + head).to(tl.float32)
-            tl.store(Q + (row * H + head) * E + e, x.to(Q.dtype.element_ty), mask=live)
-        elif head < H + KV:
-            tl.store(K + (row * KV + head - H) * E + e, x.to(K.dtype.element_ty), mask=live)
-        else:
-            tl.store(V + (row * KV + head - H - KV) * E + e, x.to(V.dtype.element_ty), mask=live)
-
-    @triton.jit
-    def heads_backward(QKV, GAIN, COS, SIN, DQ, DK, DV, DQKV, DGAIN, T, eps, H: tl.constexpr, KV: tl.constexpr,
-                       E: tl.constexpr, HALF: tl.constexpr, N: tl.constexpr):
-        """The turn back, then the gradient of the norm; DGAIN [blocks, H] holds sums over each program's tokens."""
-        t, head, e = tl.program_id(0) * N + tl.arange(0, N), tl.program_id(1), tl.arange(0, E)[None, :]
-        row, live = t.to(tl.int64)[:, None], (t < T)[:, None]
-        at = row * ((H + 2 * KV) * E) + head * E + e
-        if head >= H + KV:
-            dv = tl.load(DV + (row * KV + head - H - KV) * E + e, mask=live, other=0.0)
-            tl.store(DQKV + at, dv.to(DQKV.dtype.element_ty), mask=live)
-        else:
-            c, s, partner, turns = rope_tables(COS, SIN, row, live, E, HALF)
-            from_, gain = DK + (row * KV + head - H) * E, tl.full([], 1.0, tl.float32)
-            if head < H:
-                from_, gain = DQ + (row * H + head) * E, tl.load(GAIN + head).to(tl.float32)
-            g = (tl.load(from_ + e, mask=live, other=0.0).to(tl.float32) * c
-                 - s * tl.load(from_ + partner, mask=turns, other=0.0).to(tl.float32))
-            x = tl.load(QKV + at, mask=live, other=0.0).to(tl.float32)
-            r = tl.rsqrt(tl.sum(x * x, 1) / E + eps)[:, None]
-            # sum of d (R n) is sum of (R^T d) n: what the turn back has made serves the gain's gradient too
-            along = tl.sum(g * x * r, 1)
-            tl.store(DQKV + at, (gain * r * (g - x * r * (along / E)[:, None])).to(DQKV.dtype.element_ty), mask=live)
-            if head < H:
-                tl.store(DGAIN + tl.program_id(0) * H + head, tl.sum(along, 0))
-
     @triton.jit
     def capped_nll(LOGITS, TARGETS, NLL, cap, V: tl.constexpr, B: tl.constexpr, SLOPE: tl.constexpr):
         """One row: nats in one pass, since softcapped logits need no maximum; with SLOPE logits become d nats / d logits."""
@@ -1665,43 +1614,6 @@ if installed("triton"):
 
 # The fused forms as opaque operators, like FlashAttention-4 above: each stays one node of a compiled block, and reads and
 # writes every row once. What they save is in the speed log of records/README.md.
-HEAD_TOKENS = 32  # of one head, a program
-
-
-@operator("heads", lambda qkv, gain, cos, sin, heads, kv: tuple(
-    qkv.new_empty(len(qkv), n, qkv.shape[1] // (heads + 2 * kv)) for n in (heads, kv, kv)))
-def heads_op(qkv: Tensor, gain: Tensor, cos: Tensor, sin: Tensor, heads: int, kv: int) -> tuple[Tensor, Tensor, Tensor]:
-    """heads_eager's three tensors, each contiguous; cos and sin [T, 1, rotary channels / 2]."""
-    T, E = len(qkv), qkv.shape[1] // (heads + 2 * kv)
-    q, k, v = (qkv.new_empty(T, n, E) for n in (heads, kv, kv))
-    heads_forward[triton.cdiv(T, HEAD_TOKENS), heads + 2 * kv](
-        qkv, gain, cos, sin, q, k, v, T, NORM_EPS, H=heads, KV=kv, E=E, HALF=cos.shape[-1], N=HEAD_TOKENS, num_warps=4)
-    return q, k, v
-
-
-@operator("heads_backward", lambda dq, dk, dv, qkv, gain, *rest: (torch.empty_like(qkv), torch.empty_like(gain)))
-def heads_backward_op(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, gain: Tensor, cos: Tensor,
-                      sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of qkv and gain."""
-    T, heads, E = dq.shape
-    dqkv, sums = torch.empty_like(qkv), gain.new_empty(triton.cdiv(T, HEAD_TOKENS), heads, dtype=torch.float32)
-    heads_backward[len(sums), heads + 2 * dk.shape[1]](
-        qkv, gain, cos, sin, dq.contiguous(), dk.contiguous(), dv.contiguous(), dqkv, sums, T, NORM_EPS, H=heads,
-        KV=dk.shape[1], E=E, HALF=cos.shape[-1], N=HEAD_TOKENS, num_warps=4)
-    return dqkv, sums.sum(0).to(gain.dtype)
-
-
-def heads_save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4])
-
-
-def heads_gradient(ctx, dq, dk, dv):
-    return *torch.ops.golf.heads_backward(dq, dk, dv, *ctx.saved_tensors), None, None, None, None
-
-
-heads_op.register_autograd(heads_gradient, setup_context=heads_save)
-
-
 @operator("head_nll", lambda h, weight, targets, cap, learns: (
     h.new_empty(len(h), dtype=torch.float32), h.new_empty(*((len(h), len(weight)) if learns else (0,)))))
 def head_nll_op(h: Tensor, weight: Tensor, targets: Tensor, cap: float, learns: bool) -> tuple[Tensor, Tensor]:
@@ -1732,11 +1644,6 @@ def head_nll_gradient(ctx, grad, _):
 head_nll_op.register_autograd(head_nll_gradient, setup_context=head_nll_save)
 
 
-def heads_fused(qkv: Tensor, gain: Tensor, rope: tuple, counts: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """heads_eager in one kernel each way. E a power of two."""
-    return torch.ops.golf.heads(qkv, gain, *rope, *counts[:2])
-
-
 def head_nll_fused(h: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
     """head_nll_eager without fp32 logits in memory. cap > 0."""
     return torch.ops.golf.head_nll(h, weight, targets, cap, torch.is_grad_enabled())[0]
@@ -1745,7 +1652,6 @@ def head_nll_fused(h: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Te
 class Kernels(NamedTuple):
     """The chosen form of every operation."""
     attend: Callable = attention_sdpa
-    heads: Callable = heads_eager
     nll: Callable = head_nll_eager
 
 
@@ -1755,10 +1661,8 @@ def choose_kernels(cfg: Config, run: Run) -> Kernels:
     if cfg.kernels == "triton" and not able:
         raise ConfigError("KERNELS=triton: Triton or a GPU is missing here")
     fused = able and cfg.kernels != "eager"
-    whole = cfg.head_dim & (cfg.head_dim - 1) == 0  # a tile's sides are powers of two
     run.log(f"kernels:{'triton' if fused else 'eager'}")
-    return Kernels(attend, heads_fused if fused and whole else heads_eager,
-                   head_nll_fused if fused and cfg.logit_softcap else head_nll_eager)
+    return Kernels(attend, head_nll_fused if fused and cfg.logit_softcap else head_nll_eager)
 
 
 # Newton-Schulz coefficients (a, b, c) of X <- aX + (bA + cA^2)X, A = XX^T. Polar Express: per-iteration minimax
@@ -1943,7 +1847,7 @@ class Attention(nn.Module):
         if any(lora[:3]):  # adapters of queries, keys and values are three
             parts = qkv.unflatten(-1, (sum(self.heads), -1)).split(self.heads, 1)
             qkv = torch.cat([corrected(y.flatten(1), x, pair) for y, pair in zip(parts, lora[:3])], 1)
-        q, k, v = self.kernels.heads(qkv, self.q_gain, rope, self.heads)
+        q, k, v = heads(qkv, self.q_gain, rope, self.heads)
         # before attention and XSA, so that both use one v
         if self.value_scale is not None:
             v = v + self.value_scale.to(v.dtype) * values.embedded.view_as(v)
@@ -2601,10 +2505,13 @@ COLUMNS = 128  # columns solved between two updates of the remaining ones
 
 
 class Quantized(NamedTuple):
-    """q [R, C] int8, step of rows [R] and, where columns have their own, of columns [C]: fp16, because that is what is stored."""
+    """q [R, C] int8, step of rows [R] and, where columns have their own, of columns [C]: fp16, because that is what is stored.
+    walked: down each column q follows the trellis.
+    """
     q: Tensor
     step: Tensor
     column: Tensor | None = None
+    walked: bool = False
 
     def dense(self) -> Tensor:
         w = self.q.float() * self.step.float()[:, None]
@@ -2735,7 +2642,7 @@ def calibrate(model: GPT, cfg: Config, batches: list[Batch], stream: TrainStream
     if cfg.quantizer != "gptq":
         return {}, {}
     hessians = collect_hessians(model, cfg, batches, run)
-    if cfg.step_rule != "fisher":
+    if cfg.step_rule == "sdclip":
         return hessians, {}
     return hessians, collect_slopes(model, cfg, batches, hessians, stream.frequency().to(run.device), run)
 
@@ -2770,11 +2677,46 @@ def factor_hessians(h: Tensor) -> Factored:
     raise RuntimeError("a Hessian stays indefinite at damping 1.0; was the calibration data degenerate?")
 
 
-def gptq(w: Tensor, f: Factored, step: Tensor, qmax: int, column: Tensor | None = None) -> Tensor:
+# Trellis-coded rounding (Ungerboeck's code of 4 states; Marcellin and Fischer 1990). A state admits the integers of one
+# parity, and which half of those was taken leads on: an entropy coder that follows the walk pays for every second integer
+# only, while a walk can come nearer to its numbers than every second integer could. Predicted: errors x.81 at equal bits.
+WALK = 64  # numbers from one start, in state 0, to the next; a longer walk gains at most 2 % more
+
+
+def after(state, half):
+    """The state to which one of its halves (second-lowest bit of the integer) leads; a state's parity is its lowest bit."""
+    return (state & 1) << 1 | half ^ state >> 1
+
+
+def nearest(x: Tensor, residue: Tensor) -> Tensor:
+    """The nearest integer that is `residue` modulo 4."""
+    return 4 * ((x - residue) / 4 + 0.5).floor() + residue
+
+
+def trellis(x: Tensor) -> Tensor:
+    """The integers [B, WALK] of the walk with the least squared error (Viterbi's algorithm)."""
+    two, x = torch.arange(2, device=x.device), x.T
+    high, odd, bit = two[:, None, None, None], two[:, None, None], two[:, None]
+    # [WALK, high, odd, bit, B]: from state 2 high + odd one of the two steps leads to state 2 odd + bit
+    cost = (x[:, None, None, None] - nearest(x[:, None, None, None], odd + 2 * (bit ^ high))).square()
+    total, came = x.new_full((2, 2, 1, x.shape[1]), math.inf), []
+    total[0, 0] = 0.0
+    for c in cost:
+        total, best = (total + c).min(0)
+        total = total.unsqueeze(2)
+        came.append((2 * best + odd).flatten(0, 1))
+    states = [total.flatten(0, 2).argmin(0)]
+    for c in reversed(came):
+        states.append(c.gather(0, states[-1][None])[0])
+    now, then = torch.stack(states[:0:-1]), torch.stack(states[-2::-1])
+    return nearest(x, (now & 1) + 2 * (then & 1 ^ now >> 1)).T
+
+
+def gptq(w: Tensor, f: Factored, step: Tensor, qmax: int, column: Tensor | None = None, walks: bool = False) -> Tensor:
     """Round columns one by one, feeding each error into the columns not yet rounded. w [N, R, C], step [N, R] -> int8
 
     The error of column j, over the factor's diagonal, times the factor's row j is the optimal correction. column [N, C]: factors
-    of the steps.
+    of the steps. Walks of the trellis run down a column, whose rows do not feed each other: no error waits for a later choice.
     """
     column = torch.ones_like(w[:, 0]) if column is None else torch.take_along_dim(column, f.order, 1)
     w = torch.take_along_dim(w.float().masked_fill(f.dead[:, None], 0.0), f.order[:, None], 2)
@@ -2784,7 +2726,9 @@ def gptq(w: Tensor, f: Factored, step: Tensor, qmax: int, column: Tensor | None 
         errors = torch.empty_like(w[:, :, a:b])
         for j in range(a, b):
             s = step * column[:, j, None]
-            q[:, :, j] = (w[:, :, j] / s).round().clamp(-qmax, qmax)  # every row of every layer of the batch
+            x = w[:, :, j] / s  # every row of every layer of the batch
+            q[:, :, j] = (trellis(x.clamp(3 - qmax, qmax - 3).view(-1, WALK)).view_as(x) if walks else  # it may go 2 away
+                          x.round().clamp(-qmax, qmax))
             e = (w[:, :, j] - q[:, :, j] * s) / f.upper[:, j, j, None]
             w[:, :, j:b] -= e[:, :, None] * f.upper[:, j, None, j:b]  # within the block at once
             errors[:, :, j - a] = e
@@ -2808,7 +2752,9 @@ def on_grid(x: Tensor) -> Tensor:
 
 
 class Stack(NamedTuple):
-    """Equally shaped tensors of one kind [N, R, C], their Hessians and factors where there are any, base steps [N, R], [N, C]."""
+    """Equally shaped tensors of one kind [N, R, C], their Hessians and factors where there are any, base steps [N, R], [N, C],
+    and whether their integers walk the trellis.
+    """
     kind: str
     names: list[str]
     w: Tensor
@@ -2816,6 +2762,7 @@ class Stack(NamedTuple):
     h: Tensor | None
     row: Tensor
     column: Tensor | None
+    walks: bool = False
 
 
 class Quantizer:
@@ -2859,7 +2806,8 @@ class Quantizer:
             u = torch.take_along_dim(s.factors.upper.diagonal(dim1=1, dim2=2), s.factors.order.argsort(1), 1)
             level, g = u.log().mean(1, keepdim=True).exp(), torch.stack([self.slopes[n] for n in s.names])
             row = level * g.clamp_min(1e-12).rsqrt()
-            made.append(s._replace(row=row, column=on_grid(u / level).float()))
+            walks = self.cfg.step_rule == "trellis" and s.w.shape[1] % WALK == 0  # other heights are rounded
+            made.append(s._replace(row=row, column=on_grid(u / level).float(), walks=walks))
             shift, count = shift + s.w[0, 0].numel() * float((s.row.clamp_min(1e-7) / row).log().sum()), count + s.w.numel()
         level = math.exp(shift / max(count, 1))
         return [s if s.column is None else s._replace(row=s.row * level) for s in made]
@@ -2876,7 +2824,8 @@ class Quantizer:
             return on_grid(coarser * s.row), quant_spec(self.cfg, s.kind)[0]
         # high-rate theory ends where a step is wider than what it divides; int8 ends at 127
         spread, most = (s.w / s.column[:, None]).std(-1), (s.w / s.column[:, None]).abs().amax(-1)
-        return on_grid(torch.maximum(torch.minimum(coarser * s.row, 1.5 * spread), most / 120)), 127
+        step = torch.minimum(coarser * s.row, 1.5 * spread) / (1 + s.walks)  # every second integer is paid for
+        return on_grid(torch.maximum(step, most / 120)), 127
 
     def solve(self, coarser: float = 1.0) -> tuple[dict[str, Quantized], dict[str, float]]:
         """All tensors with every step times `coarser`; also the relative output error of each quantiser column, and predicted nats."""
@@ -2884,9 +2833,10 @@ class Quantizer:
         for s in self.stacks:
             step, qmax = self.steps(s, coarser)
             scale = step.float()[..., None] if s.column is None else step.float()[..., None] * s.column[:, None]
-            q = (gptq(s.w, s.factors, step.float(), qmax, s.column) if s.factors is not None else
+            q = (gptq(s.w, s.factors, step.float(), qmax, s.column, s.walks) if s.factors is not None else
                  (s.w / scale).round().clamp(-qmax, qmax).to(torch.int8))
-            out |= {n: Quantized(q[i], step[i], None if s.column is None else s.column[i].half()) for i, n in enumerate(s.names)}
+            out |= {n: Quantized(q[i], step[i], None if s.column is None else s.column[i].half(), s.walks)
+                    for i, n in enumerate(s.names)}
             if s.h is not None:  # tr((W - Q) H (W - Q)^T) over tr(W H W^T)
                 e = s.w - q * scale
                 cost = ((e @ s.h) * e).sum(-1)
@@ -2965,12 +2915,13 @@ def unshuffle_bytes(data: bytes) -> np.ndarray:
 
 # Range coding (rANS, arXiv 1311.2540) of the integers: given the scales of their row and column, trained weights are independent
 # and close to Gaussian, so the entropy by scale is nearly all there is to gain. A thousand interleaved states keep numpy busy.
+# Where integers walk the trellis, half of each is coded, given its parity, which the reader knows: he walks along.
 PRECISION, LANES, SCALES = 15, 1024, 128  # probabilities are multiples of 2^-15
 
 
-def scales(q: Tensor) -> tuple[Tensor, Tensor]:
+def scales(t: Quantized) -> tuple[Tensor, Tensor]:
     """Root mean squares in eighths of an octave, of rows [R] and, relative to them, of columns [C]; uint8 with an offset."""
-    square = q.float().square() + 1e-3  # a row of zeros has a scale too
+    square = (t.q.float() / (1 + t.walked)).square() + 1e-3  # a row of zeros has a scale too
     column = (square / square.mean(1, keepdim=True)).mean(0)
     row = (square / column).mean(1)
     return tuple((4 * x.log2() + zero).round().clamp(0, SCALES - 1).byte() for x, zero in ((row, 40), (column, 32)))
@@ -2981,13 +2932,17 @@ def scale_of(row: Tensor, column: Tensor) -> Tensor:
     return (row.long()[:, None] + column.long() - 32).clamp(0, SCALES - 1)
 
 
-def scale_counts(tensors: dict[str, Quantized]) -> dict[str, Tensor]:
-    """How often each integer (+ 128) stands at each scale: name -> [SCALES, 256]."""
+def cells(t: Quantized) -> Tensor:
+    """Where each integer stands in the table of frequencies: (scale, and SCALES more for odd ones) * 256 + symbol. [R, C]"""
+    q = t.q.long()
+    odd, symbol = (q & 1, q >> 1) if t.walked else (0, q)
+    return (scale_of(*scales(t)) + SCALES * odd) * 256 + symbol + 128
+
+
+def cell_counts(tensors: dict[str, Quantized]) -> dict[str, Tensor]:
+    """How often each symbol stands at each scale: name -> [2 SCALES, 256]."""
     # on the tensors' own device: 36M integers
-    def count(q: Tensor) -> Tensor:
-        cells = scale_of(*scales(q)) * 256 + q.long() + 128
-        return torch.bincount(cells.flatten(), minlength=SCALES * 256).view(SCALES, 256).cpu()
-    return {n: count(t.q) for n, t in tensors.items()}
+    return {n: torch.bincount(cells(t).flatten(), minlength=512 * SCALES).view(-1, 256).cpu() for n, t in tensors.items()}
 
 
 def to_frequencies(counts: np.ndarray) -> np.ndarray:
@@ -2998,13 +2953,13 @@ def to_frequencies(counts: np.ndarray) -> np.ndarray:
     return f
 
 
-def range_encode(cells: np.ndarray, frequencies: np.ndarray) -> bytes:
-    """Symbols given as row * 256 + symbol [n] -> LANES final states (u32), then 16-bit words in the order of reading."""
+def range_encode(parts: list[np.ndarray], frequencies: np.ndarray) -> bytes:
+    """Symbols, given as cells, in parts that are read one after the other -> LANES final states (u32), then 16-bit words."""
     f, first = (x.astype(np.uint64).ravel() for x in (frequencies, frequencies.cumsum(1) - frequencies))
     # a state lies in [2^16, 2^32) and gives up 16 bits before it would overflow
     state, words = np.full(LANES, 1 << 16, np.uint64), []
-    for at in range((len(cells) - 1) // LANES * LANES, -1, -LANES):  # last in, first out
-        cell = cells[at:at + LANES]
+    for cell in (part[at:at + LANES] for part in reversed(parts)  # last in, first out
+                 for at in reversed(range(0, len(part), LANES))):
         n, x = f[cell], state[:len(cell)]
         full = x >= n << (32 - PRECISION)
         words.append(x[full].astype(np.uint16)[::-1])
@@ -3013,49 +2968,76 @@ def range_encode(cells: np.ndarray, frequencies: np.ndarray) -> bytes:
     return state.astype("<u4").tobytes() + np.concatenate([np.empty(0, np.uint16), *words])[::-1].astype("<u2").tobytes()
 
 
-def range_decode(data: bytes, rows: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
-    """The symbols [n] uint8 of a stream, given each one's row of frequencies [n]."""
-    f, first = (x.astype(np.uint64).ravel() for x in (frequencies, frequencies.cumsum(1) - frequencies))
-    slots = np.zeros((len(frequencies), 2 ** PRECISION), np.uint8)  # slot -> symbol
-    for k in np.flatnonzero(frequencies.sum(1)):
-        slots[k] = np.repeat(np.arange(256), frequencies[k])
-    state, words = np.frombuffer(data, "<u4", LANES).astype(np.uint64), np.frombuffer(data, "<u2", offset=4 * LANES)
-    out, at, slots = np.empty(len(rows), np.uint8), 0, slots.ravel()
-    for i in range(0, len(rows), LANES):
-        row, x = rows[i:i + LANES].astype(np.int64), state[:len(rows[i:i + LANES])]
-        slot = x & np.uint64(2 ** PRECISION - 1)
-        symbol = slots[(row << PRECISION) + slot.astype(np.int64)]
-        cell = (row << 8) + symbol
-        x = f[cell] * (x >> PRECISION) + slot - first[cell]
-        low = x < 1 << 16  # exactly the states that gave a word up here
-        count = int(low.sum())
-        x[low] = x[low] << 16 | words[at:at + count]
-        state[:len(row)], out[i:i + LANES], at = x, symbol, at + count
-    return out
+class RangeReader:
+    """Reads a stream part by part: rows of frequencies [n] -> symbols [n] uint8."""
+
+    def __init__(self, data: bytes, frequencies: np.ndarray):
+        self.f, self.first = (x.astype(np.uint64).ravel() for x in (frequencies, frequencies.cumsum(1) - frequencies))
+        slots = np.zeros((len(frequencies), 2 ** PRECISION), np.uint8)  # slot -> symbol
+        for k in np.flatnonzero(frequencies.sum(1)):
+            slots[k] = np.repeat(np.arange(256), frequencies[k])
+        self.slots, self.at = slots.ravel(), 0
+        self.state, self.words = np.frombuffer(data, "<u4", LANES).astype(np.uint64), np.frombuffer(data, "<u2", offset=4 * LANES)
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        out = np.empty(len(rows), np.uint8)
+        for i in range(0, len(rows), LANES):
+            row, x = rows[i:i + LANES].astype(np.int64), self.state[:len(rows[i:i + LANES])]
+            slot = x & np.uint64(2 ** PRECISION - 1)
+            symbol = self.slots[(row << PRECISION) + slot.astype(np.int64)]
+            cell = (row << 8) + symbol
+            x = self.f[cell] * (x >> PRECISION) + slot - self.first[cell]
+            low = x < 1 << 16  # exactly the states that gave a word up here
+            count = int(low.sum())
+            x[low] = x[low] << 16 | self.words[self.at:self.at + count]
+            self.state[:len(row)], out[i:i + LANES], self.at = x, symbol, self.at + count
+        return out
+
+
+def one_row(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([torch.empty(0, dtype=torch.uint8), *(x.flatten() for x in tensors)])
+
+
+def in_step(tensors: list[Tensor]) -> Tensor:
+    """[R, C] each -> [WALK, n]: what all walks do at once, row after row."""
+    steps = [x.view(-1, WALK, x.shape[1]).transpose(0, 1).reshape(WALK, -1) for x in tensors]
+    return torch.cat([torch.empty(WALK, 0, dtype=torch.uint8), *steps], 1)
 
 
 def range_sections(tensors: dict[str, Quantized]) -> tuple[list[bytes], bytes]:
     """(scales of rows, of columns, the table of frequencies, to be coded like other sections; the stream of integers)"""
-    frequencies = to_frequencies(sum(scale_counts(tensors).values()).numpy())
-    found = [scales(t.q) for t in tensors.values()]
-    cells = [(scale_of(*k) << 8).add_(t.q.long() + 128).to(torch.int32).cpu().numpy().ravel() for k, t in zip(found, tensors.values())]
-    side = [torch.cat(part).cpu().numpy().tobytes() for part in zip(*found)]
-    return [*side, frequencies.astype("<u2").tobytes()], range_encode(np.concatenate(cells), frequencies)
+    frequencies = to_frequencies(sum(cell_counts(tensors).values()).numpy())
+    plain, walked = ([cells(t).int().cpu() for t in tensors.values() if t.walked == kind] for kind in (False, True))
+    side = [torch.cat(part).cpu().numpy().tobytes() for part in zip(*map(scales, tensors.values()))]
+    parts = [one_row(plain), *in_step(walked)]
+    return [*side, frequencies.astype("<u2").tobytes()], range_encode([part.numpy() for part in parts], frequencies)
 
 
-def ranged_integers(shapes: dict[str, list[int]], rows: bytes, columns: bytes, table: bytes, stream: bytes) -> dict[str, Tensor]:
+def ranged_integers(shapes: dict[str, list[int]], walked: list[str], rows: bytes, columns: bytes, table: bytes,
+                    stream: bytes) -> dict[str, Tensor]:
     """The inverse: name -> q [R, C] int8."""
     sides = [torch.frombuffer(bytearray(side), dtype=torch.uint8).split([shape[i] for shape in shapes.values()])
              for i, side in enumerate((rows, columns))]
-    at = np.concatenate([scale_of(*pair).to(torch.uint8).numpy().ravel() for pair in zip(*sides)])
-    frequencies = np.frombuffer(table, "<u2").astype(np.int64).reshape(SCALES, 256)
-    flat = torch.from_numpy((range_decode(stream, at, frequencies) ^ 128).view(np.int8))
-    return {n: q.reshape(shape) for (n, shape), q in zip(shapes.items(), flat.split([math.prod(x) for x in shapes.values()]))}
+    at = {n: scale_of(*pair).to(torch.uint8) for n, pair in zip(shapes, zip(*sides))}
+    read = RangeReader(stream, np.frombuffer(table, "<u2").astype(np.int64).reshape(-1, 256))
+    plain = {n: at[n] for n in shapes if n not in walked}
+    parts = torch.from_numpy((read(one_row(list(plain.values())).numpy()) ^ 128).view(np.int8)).split([x.numel() for x in plain.values()])
+    out = {n: q.view(shapes[n]) for n, q in zip(plain, parts)}
+    steps = in_step([at[n] for n in walked]).numpy()
+    q, state = np.empty(steps.shape, np.int8), np.zeros(steps.shape[1], np.uint8)
+    for i, row in enumerate(steps):
+        odd = state & 1
+        half = read(row + SCALES * odd) ^ 128
+        q[i] = 2 * half.view(np.int8) + odd
+        state = after(state, half & 1)
+    for n, part in zip(walked, torch.from_numpy(q).split([at[n].numel() // WALK for n in walked], 1)):
+        out[n] = part.reshape(WALK, -1, shapes[n][1]).transpose(0, 1).reshape(shapes[n])
+    return out
 
 
 def bits_by_tensor(tensors: dict[str, Quantized]) -> dict[str, float]:
     """Entropy of each tensor's integers given their scales, by the frequencies of all: what the range coder spends on it."""
-    counts = scale_counts(tensors)
+    counts = cell_counts(tensors)
     whole = sum(counts.values()).double()
     spent = -(whole / whole.sum(1, keepdim=True).clamp_min(1)).clamp_min(1e-12).log2()
     return {n: float((c * spent).sum()) for n, c in counts.items()}
@@ -3080,7 +3062,7 @@ def build_artifact(tensors: dict[str, Quantized], kept: dict[str, Tensor], meta:
     columns = {n + COLUMN: t.column for n, t in tensors.items() if t.column is not None}
     halves = {**{n: t.step for n, t in tensors.items()}, **columns, **kept}
     manifest = {**meta, "integers": {n: list(t.q.shape) for n, t in tensors.items()}, "coder": coder,
-                "halves": {n: list(t.shape) for n, t in halves.items()}}
+                "walked": [n for n, t in tensors.items() if t.walked], "halves": {n: list(t.shape) for n, t in halves.items()}}
     # one section: neighbours of one kind
     flat = torch.cat([t.detach().half().flatten().cpu() for t in halves.values()]).numpy()
     raw = [json.dumps(manifest, separators=(",", ":")).encode(), shuffle_bytes(flat)]  # no indentation: it is counted
@@ -3121,7 +3103,7 @@ def read_artifact(data: bytes) -> tuple[dict, dict[str, Tensor]]:
     sizes = [math.prod(s) for s in manifest["halves"].values()]
     weights = {n: t.reshape(s) for (n, s), t in zip(manifest["halves"].items(), flat.split(sizes))}
     shapes = manifest["integers"]
-    integers = (ranged_integers(shapes, *sections[2:], body[at:]) if manifest.get("coder") == "range" else
+    integers = (ranged_integers(shapes, manifest.get("walked", []), *sections[2:], body[at:]) if manifest.get("coder") == "range" else
                 {n: torch.from_numpy(np.frombuffer(b, np.int8).reshape(shapes[n]).copy()) for n, b in zip(shapes, sections[2:])})
     for n, q in integers.items():
         weights[n] = Quantized(q, weights[n], weights.pop(n + COLUMN, None)).dense()
@@ -3177,12 +3159,12 @@ def fit_artifact(quantizer: Quantizer, meta: dict, cfg: Config, run: Run) -> tup
     """Pack; while code + model are over the cap, coarsen all steps; Fisher's steps also become finer, to fill it.
     -> (artifact, bytes by part, coarsening).
 
-    Coding is slow and its size follows the entropy of the integers almost in a straight line, so each try solves for
-    the entropy that should land just under the cap and only then codes. Within half a percent below is near enough.
+    A step twice as wide saves about a bit a weight; from the second try on, what it saved before (the secant). Within half a
+    percent below the cap is near enough.
     """
     names, code, cap = codec_names(cfg.compressor, run), len(pack_code(SOURCE)), cfg.artifact_max_bytes
-    coarser, points, best, finest = 1.0, [], None, 0.25 if quantizer.slopes else 1.0
-    for attempt in range(6):
+    coarser, tries, best, finest = 1.0, [], None, 0.25 if quantizer.slopes else 1.0
+    for attempt in range(8):
         tensors, errors = quantizer.solve(coarser)
         data, parts = build_artifact(tensors, quantizer.kept, {**meta, "coarser": coarser}, names, cfg.weight_coder)
         total, bits = len(data) + code, coded_bits(tensors)  # what is counted is what is written
@@ -3194,30 +3176,15 @@ def fit_artifact(quantizer: Quantizer, meta: dict, cfg: Config, run: Run) -> tup
             best = total, data, {"code": code, **parts}, coarser
         if total <= cap and (coarser == finest or total > 0.995 * cap):
             break
-        points.append((bits, total))
-        (b0, t0), (b1, t1) = points[-2:] if len(points) > 1 else ((0.0, 0.0), (8.0, 1.0))  # at first a byte is 8 bits
-        slope = (t1 - t0) / (b1 - b0) if b1 != b0 else 0.125
-        limit = bits + (0.9985 * cap - total) / slope
-        if limit <= 0:  # code and fp16 values alone are too large
-            break
-        coarser = coarsen_to(quantizer, limit, coarser, finest)
+        tries = [*tries, (math.log2(coarser), total)][-2:]
+        slope = -quantizer.weights / 8 if len(tries) < 2 else (tries[1][1] - tries[0][1]) / (tries[1][0] - tries[0][0])
+        # never so far that steps lose their meaning
+        octaves = min(max((0.9985 * cap - total) / min(slope, -1.0), -2.0), 2.0)
+        coarser = max(coarser * 2 ** octaves, finest)
     if best is None:
         run.fail(f"artifact does not fit: {total} bytes > {cap} at steps x{coarser:.2f}")
         best = total, data, {"code": code, **parts}, coarser
     return best[1:]
-
-
-def coarsen_to(quantizer: Quantizer, limit: float, coarser: float, finest: float) -> float:
-    """A coarsening at which the integers' entropy is at most `limit` bits and not over .1% less, or the finest allowed.
-
-    Doubling a step saves one bit a weight while rows span many steps, so Newton's method needs two or three solves.
-    """
-    for _ in range(8):
-        bits = coded_bits(quantizer.solve(coarser)[0])
-        if 0.999 * limit <= bits <= limit or coarser == finest and bits <= limit:
-            break
-        coarser = max(coarser * 2 ** ((bits - 0.9997 * limit) / quantizer.weights), finest)
-    return coarser
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -163,20 +163,14 @@ def kernels(tg, model, cfg, run, batch) -> list[tuple]:
         moved, work = size * (T * (out + into) + out * into), 2.0 * T * out * into
         return f"GEMM {name} {into}->{out}", lambda x, w: x @ w.T, [x, w], moved, 3 * moved, work, 3 * work
 
-    rope, gain = model.rotary(batch.pos), torch.randn(counts[0], device=run.device)
-    qkv, pairs = random(T, sum(counts) * E), float((batch.cu.diff().double() ** 2).sum()) / 2
+    pairs = float((batch.cu.diff().double() ** 2).sum()) / 2
     k = model.blocks[0].attn.kernels
     attended, wide = [random(T, n, E) for n in counts], size * T * (counts[0] + sum(counts)) * E
     rows = [("attention", lambda *a: k.attend(*a, batch.cu, batch.longest), attended, wide, 3 * wide,
              4 * pairs * counts[0] * E, 14 * pairs * counts[0] * E)]
-    row = size * T * sum(counts) * E
-    forms = {"heads": [(k.heads, "chosen"), (tg.heads_eager, "eager twin")], "nats": [(k.nll, "chosen"), (tg.head_nll_eager, "eager twin")]}
     h, head = random(T, D), (0.1 * torch.randn(V, D, device=run.device)).to(run.dtype)
     logits, work = size * T * V, 2.0 * T * V * D
-    for f, label in forms["heads"]:
-        f = compiled(f, label, run)
-        rows.append((f"heads ({label})", lambda a, g, f=f: f(a, g, rope, counts), [qkv, gain], 2 * row, 5 * row, 0.0, 0.0))
-    for f, label in forms["nats"]:  # with the head's product: written, read and written over, read twice by its gradients
+    for f, label in (k.nll, "chosen"), (tg.head_nll_eager, "eager twin"):  # with the head's product: written, read and written over, read twice by its gradients
         f = compiled(f, label, run)
         rows.append((f"head and nats ({label})", lambda a, w, f=f: f(a, w, batch.targets, cfg.logit_softcap or 30.0), [h, head],
                      2 * logits, 5 * logits, work, 3 * work))

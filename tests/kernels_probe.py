@@ -28,13 +28,6 @@ def compare(fast, eager, inputs, *rest):
     return max(map(error, *results))
 
 
-def heads(tokens, counts, width, dims):
-    """Odd numbers of tokens, partial and full rotation."""
-    rope = tg.Rotary(dims, 100.0)(torch.arange(tokens) % 11)
-    inputs = [torch.randn(tokens, sum(counts) * width), torch.randn(counts[0])]
-    return compare(tg.heads_fused, tg.heads_eager, inputs, rope, counts)
-
-
 def nll(tokens, vocab, cap):
     """Logits far beyond the cap among them."""
     inputs = [3 * torch.randn(tokens, 8), 3 * torch.randn(vocab, 8)]
@@ -44,7 +37,7 @@ def nll(tokens, vocab, cap):
 def network(looping):
     """Loss of a whole toy network, and the gradient of every parameter, with a one-token and an empty segment."""
     row, results = make_row(quiet_run(small())), []
-    for kernels in (tg.Kernels(), tg.Kernels(tg.attention_sdpa, tg.heads_fused, tg.head_nll_fused)):
+    for kernels in (tg.Kernels(), tg.Kernels(tg.attention_sdpa, tg.head_nll_fused)):
         model = lively(small(), None, looping)
         model = rebuilt(model, kernels, looping)
         loss = model.nll(*row)
@@ -62,7 +55,6 @@ def rebuilt(model, kernels, looping):
 
 
 torch.manual_seed(0)
-found = {f"heads {c}": heads(*c) for c in ((37, (4, 2, 2), 16, 8), (64, (2, 2, 2), 8, 8), (5, (8, 4, 4), 64, 16))}
-found |= {f"nll {c}": nll(*c) for c in ((7, 64, 30.0), (5, 50, 15.0), (1, 300, 5.0))}
+found = {f"nll {c}": nll(*c) for c in ((7, 64, 30.0), (5, 50, 15.0), (1, 300, 5.0))}
 found |= {f"network looping={c}": network(c) for c in (False, True)}
 print(json.dumps(found))

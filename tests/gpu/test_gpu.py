@@ -96,31 +96,15 @@ def test_recorded_steps_give_the_same_digits(tmp_path, monkeypatch):
     assert (recorded.nats == plain.nats).all()
 
 
-def fused_cases():
-    """name -> (fused, eager, inputs): bf16 on the GPU, odd numbers of rows."""
-    def random(*shape):
-        return torch.randn(*shape, device="cuda")
-
-    torch.manual_seed(0)
-    rope = tg.Rotary(16, 1e4).cuda()(torch.arange(1003, device="cuda") % 700)
-    qkv, gain, targets = random(1003, 1024).bfloat16(), random(8), torch.randint(0, 8192, (1003,), device="cuda")
-    heads = [lambda a, b, f=f: f(a, b, rope, (8, 4, 4)) for f in (tg.heads_fused, tg.heads_eager)]
-    nats = [lambda h, w, f=f: f(h, w, targets, 30.0) for f in (tg.head_nll_fused, tg.head_nll_eager)]
-    return {"heads": (*heads, [qkv, gain]),
-            "nll": (*nats, [(2 * random(1003, 512)).bfloat16(), (0.2 * random(8192, 512)).bfloat16()])}
-
-
-@pytest.mark.parametrize("name", ["heads", "nll"])
-def test_fused_operation_equals_its_eager_twin_in_fp32(name, run):
-    fused, eager, inputs = fused_cases()[name]
-    results = []
-    for f, wide in ((fused, False), (eager, True)):
+def test_fused_nats_equal_their_eager_twin_in_fp32(run):
+    """bf16 on the GPU, an odd number of rows, logits beyond the cap among them."""
+    targets = torch.randint(0, 8192, (1003,), device="cuda")
+    inputs = [(2 * torch.randn(1003, 512, device="cuda")).bfloat16(), (0.2 * torch.randn(8192, 512, device="cuda")).bfloat16()]
+    grad, results = torch.randn(1003, device="cuda"), []
+    for f, wide in ((tg.head_nll_fused, False), (tg.head_nll_eager, True)):
         mine = [x.float().requires_grad_() if wide else x.clone().requires_grad_() for x in inputs]
-        out = f(*mine)
-        out = out if isinstance(out, tuple) else (out,)
-        torch.manual_seed(1)
-        grads = [torch.randn(o.shape, device="cuda").to(o.dtype) for o in out]
-        results.append([*out, *torch.autograd.grad(out, mine, grads)])
+        out = f(*mine, targets, 30.0)
+        results.append([out, *torch.autograd.grad(out, mine, grad.to(out.dtype))])
     for got, reference in zip(*results):
         assert torch.isfinite(got).all() and relative(got, reference) < 1e-2
 
