@@ -170,6 +170,8 @@ class ModelKnobs:
     rope_dims: int = knob(16, "channels of a head that rotate; 0: all", low=0)
     ln_scale: bool = knob(True, "norm outputs times 1/sqrt(layer+1): deeper layers speak more softly")
     xsa_last_n: int = knob(11, "last layers whose attention output loses its component along the token's own value", low=0)
+    attn_window: str = knob("", "layers that see only so many tokens, themselves included, as tokens:layer,...: 512:1,3,5; empty: "
+                            "none")
     value_residual: str = knob("none", "mix the first layer's values into every later layer's", ("none", "mix", "sigmoid"))
     attn_gate: str = knob("sparse", "gate on each head's output: a row of GATES in room 7",
                           ("none", "scalar", "dense", "out", "sparse"))
@@ -463,6 +465,14 @@ class Config(PackKnobs, OptimKnobs, ModelKnobs, DataKnobs, RunKnobs):
         return rows
 
     @property
+    def windows(self) -> dict[int, int]:
+        """ATTN_WINDOW as layer -> tokens; ConfigError if it says no such thing."""
+        if not re.fullmatch(r"(\d+:\d+(,\d+)*)?", self.attn_window):
+            raise ConfigError(f"ATTN_WINDOW={self.attn_window}: tokens and layers like 512:1,3,5")
+        size, _, layers = self.attn_window.partition(":")
+        return {int(layer): int(size) for layer in layers.split(",") if layer}
+
+    @property
     def value_layers(self) -> set[int]:
         """VE_LAYERS as a set; ConfigError if it is no list of numbers."""
         if not re.fullmatch(r"(\d+(,\d+)*)?", self.ve_layers):
@@ -585,6 +595,9 @@ def validate(cfg: Config, world: int) -> None:
         (d.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE", "at least 2: one row is for tokens without a predecessor"),
         (d.trigram_vocab_size != 1, "TRIGRAM_VOCAB_SIZE", "at least 2: one row is for tokens without predecessors"),
         (d.value_layers <= set(range(d.num_layers)), "VE_LAYERS", f"layers below NUM_LAYERS={d.num_layers}"),
+        (d.windows.keys() <= set(range(d.num_layers)), "ATTN_WINDOW", f"layers below NUM_LAYERS={d.num_layers}"),
+        (not d.windows or min(d.windows.values()) >= max(c for _, c in d.ttt_chunks), "ATTN_WINDOW",
+         f"at least the largest chunk of TTT_CHUNK_SIZE={d.ttt_chunk_size}"),
         (not d.x0_residual or d.parallel_residual != "two", "X0_RESIDUAL", "two lanes have no single end of a block"),
         (d.gate_window <= d.model_dim, "GATE_WINDOW", f"at most MODEL_DIM={d.model_dim}"),
         (not d.deterministic or d.iterations < 20000 or d.mode != "train", "ITERATIONS",
@@ -1236,19 +1249,23 @@ def build_local_corpus(cfg: Config, run: Run) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def attention_eager(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
-    """The definition, O(T^2) memory: softmax(q k^T / sqrt(E)) v over earlier tokens of the same segment. -> [T, H, E]"""
+def attention_eager(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, window: int = 0) -> Tensor:
+    """The definition, O(T^2) memory: softmax(q k^T / sqrt(E)) v over earlier tokens of the same segment. -> [T, H, E]
+
+    window: so many tokens only, the own one included; 0: all.
+    """
     T, H, E = q.shape
     place = torch.arange(T, device=q.device)
     segment = torch.searchsorted(cu, place, right=True)  # which segment a token is in
-    seen = (segment[:, None] == segment[None]) & (place[:, None] >= place[None])  # same segment, not later
+    away = place[:, None] - place
+    seen = (segment[:, None] == segment) & (away >= 0) & (away < (window or T))  # same segment, not later
     k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))  # query head h reads kv head h // group
     scores = torch.einsum("qhe,khe->hqk", q.float(), k.float()) / math.sqrt(E)
     weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
     return torch.einsum("hqk,khe->qhe", weights, v.float()).to(q.dtype)
 
 
-def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, window: int = 0) -> Tensor:
     """Segments padded to the longest, then torch's dense causal attention. Padding lies behind every real token."""
     T, H, E = q.shape
     place = cu[:-1, None] + torch.arange(longest, device=q.device)  # [S, longest]
@@ -1256,23 +1273,24 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) ->
     group = H // k.shape[1]
     q_, k_, v_ = (x[rows].unflatten(0, place.shape).transpose(1, 2) for x in
                   (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
-    y = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True).transpose(1, 2)
+    near = torch.ones(longest, longest, dtype=torch.bool, device=q.device).tril().triu(1 - window) if window else None
+    y = F.scaled_dot_product_attention(q_, k_, v_, attn_mask=near, is_causal=near is None).transpose(1, 2)
     t = torch.arange(T, device=q.device)
     segment = torch.searchsorted(cu, t, right=True) - 1
     return y[segment, t - cu[segment]]
 
 
-def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
+def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, window: int = 0) -> Tensor:
     """torch's varlen attention (FlashAttention-2 inside); window (-1, 0) is its word for causal."""
     from torch.nn.attention.varlen import varlen_attn
     more = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), **more)
+    return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(window - 1, 0), **more)
 
 
-def attention_fa3(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
+def attention_fa3(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, window: int = 0) -> Tensor:
     """FlashAttention-3 (Hopper), its own torch operators."""
     from flash_attn_interface import flash_attn_varlen_func
-    out = flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True,
+    out = flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True, window_size=(window - 1, 0),
                                  deterministic=torch.are_deterministic_algorithms_enabled())
     return out[0] if isinstance(out, tuple) else out
 
@@ -1288,47 +1306,49 @@ def operator(name: str, like: Callable) -> Callable:
 
 # FlashAttention-4 compiles its own kernels at run time, which torch.compile cannot look into: as two opaque operators
 # with known output shapes it stays one node of the graph, forward and backward.
-@operator("fa4", lambda q, k, v, cu, longest: (torch.empty_like(q, memory_format=torch.contiguous_format),
-                                               q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)))
-def fa4_op(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+@operator("fa4", lambda q, k, v, cu, longest, window: (torch.empty_like(q, memory_format=torch.contiguous_format),
+                                                       q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)))
+def fa4_op(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, window: int) -> tuple[Tensor, Tensor]:
     """Output [T, H, E] and log-sum-exp [H, T]."""
     from flash_attn.cute.interface import _flash_attn_fwd
     warnings.filterwarnings("ignore", message=".*JitArgument.*")  # its compiler's note about an argument we do not use
     return tuple(_flash_attn_fwd(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest,
-                                 causal=True, return_lse=True)[:2])
+                                 causal=True, window_size_left=window - 1 if window else None, return_lse=True)[:2])
 
 
 @operator("fa4_backward", lambda grad, q, k, v, *rest: tuple(
     torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)))
 def fa4_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu: Tensor,
-                    longest: int) -> tuple[Tensor, Tensor, Tensor]:
+                    longest: int, window: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     from flash_attn.cute.interface import _flash_attn_bwd
     return tuple(_flash_attn_bwd(q, k, v, out, grad.contiguous(), lse, causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu,
                                  max_seqlen_q=longest, max_seqlen_k=longest,
+                                 window_size_left=window - 1 if window else None,
                                  deterministic=torch.are_deterministic_algorithms_enabled())[:3])
 
 
 def fa4_save(ctx, inputs, output):
-    ctx.longest = inputs[4]
+    ctx.lengths = inputs[4:]
     ctx.save_for_backward(*inputs[:3], *output, inputs[3])
 
 
 def fa4_gradient(ctx, grad_out, grad_lse):
     q, k, v, out, lse, cu = ctx.saved_tensors
-    return *torch.ops.golf.fa4_backward(grad_out, q, k, v, out, lse, cu, ctx.longest), None, None
+    return *torch.ops.golf.fa4_backward(grad_out, q, k, v, out, lse, cu, *ctx.lengths), None, None, None
 
 
 fa4_op.register_autograd(fa4_gradient, setup_context=fa4_save)
 
 
-def attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
+def attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, window: int = 0) -> Tensor:
     """FlashAttention-4 (CuTe kernels, Hopper and later)."""
-    return torch.ops.golf.fa4(q, k, v, cu, longest)[0]
+    return torch.ops.golf.fa4(q, k, v, cu, longest, window)[0]
 
 
-def ring_view(begin: Tensor, rows: int, window: int) -> Tensor:
+def ring_view(begin: Tensor, rows: int, window: int, reach: int) -> Tensor:
     """Who sees whom when S documents go on at positions begin [S] by C rows: [S, C, W + C] bool, W ring cells first.
+    reach: how many tokens a row sees at most, itself included.
 
     Cell c of the ring holds the last position before `begin` that is c modulo W. Rows at positions below zero (a window
     that reaches over the document's start) are seen by nobody but themselves.
@@ -1338,7 +1358,8 @@ def ring_view(begin: Tensor, rows: int, window: int) -> Tensor:
     there = start - 1 - (start - 1 - cell).remainder(max(window, 1))  # [S, W] the position in each cell
     old = ((there >= 0) & (there < start))[:, None] & (there[:, None] > (start + row)[..., None] - window)
     itself = row[:, None] == row
-    own = (row[:, None] >= row) & ((start + row >= 0)[:, None] | itself)
+    away = row[:, None] - row
+    own = (away >= 0) & (away < reach) & ((start + row >= 0)[:, None] | itself)
     return torch.cat((old, own), 2)
 
 
@@ -1349,7 +1370,7 @@ def attention_cached_eager(q: Tensor, k: Tensor, v: Tensor, past: tuple) -> Tens
               for old, new in ((past.k, k), (past.v, v)))
     q_ = q.unflatten(0, (S, -1)).unflatten(2, (K, -1))  # [S, C, K, G, E]; a group's heads become more rows of one head
     rows = q_.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [S, K, G C, E]
-    seen = ring_view(past.begin, q_.shape[1], past.window).repeat(1, q_.shape[3], 1)[:, None]
+    seen = ring_view(past.begin, q_.shape[1], past.window, past.reach).repeat(1, q_.shape[3], 1)[:, None]
     y = F.scaled_dot_product_attention(rows, k_, v_, attn_mask=seen)
     return y.unflatten(2, (q_.shape[3], -1)).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)
 
@@ -1527,10 +1548,13 @@ def try_attention(name: str, cfg: Config, run: Run) -> str:
     rng = torch.Generator(run.device).manual_seed(0)
     qkv = [torch.randn(256, h, cfg.head_dim, device=run.device, generator=rng).to(run.dtype).requires_grad_() for h in heads]
     try:
-        got = ATTENTION[name](*qkv, cu, 256)
-        got.float().sum().backward()  # a forward alone proves nothing about training
-        error = float((got - attention_eager(*qkv, cu, 256)).detach().abs().max())
-        return "" if error < 0.05 else f"differs from the eager reference by {error:.3g}"
+        for window in (0, 50) if cfg.windows else (0,):
+            got = ATTENTION[name](*qkv, cu, 256, window)
+            got.float().sum().backward()  # a forward alone proves nothing about training
+            error = float((got - attention_eager(*qkv, cu, 256, window)).detach().abs().max())
+            if not error < 0.05:
+                return f"differs from the eager reference by {error:.3g}"
+        return ""
     except Exception as e:  # whatever a kernel library throws here only means: take another one
         return f"{type(e).__name__}: {str(e).splitlines()[0][:160] if str(e) else ''}"
 
@@ -1693,11 +1717,13 @@ def orthogonalize(g: Tensor, coefficients: tuple) -> Tensor:
 
 
 class Past(NamedTuple):
-    """What one visit remembers of S documents: keys and values [S, cells, K, E], where they go on [S], cells in the ring."""
+    """What one visit remembers of S documents: keys and values [S, cells, K, E], where they go on [S], cells in the ring,
+    and how many tokens are seen at most."""
     k: Tensor
     v: Tensor
     begin: Tensor
     window: int
+    reach: int
 
 
 class VisitAdapters(NamedTuple):
@@ -1837,7 +1863,7 @@ class Attention(nn.Module):
         self.value_mix = ValueMix(cfg.value_residual) if cfg.value_residual != "none" and layer > 0 else None
         self.gives_values = cfg.value_residual != "none" and layer == 0
         self.value_scale = nn.Parameter(torch.empty(1)) if layer in cfg.value_layers else None
-        self.kernels = kernels  # chosen once, in room 6
+        self.kernels, self.window = kernels, cfg.windows.get(layer, 0)  # chosen once, in room 6; 0: it sees all
 
     def forward(self, x: Tensor, values: OtherValues, rope: tuple, cu: Tensor, longest: int, lora: VisitAdapters,
                 past: Past | None) -> tuple[Tensor, tuple]:
@@ -1853,7 +1879,7 @@ class Attention(nn.Module):
             v = v + self.value_scale.to(v.dtype) * values.embedded.view_as(v)
         if self.value_mix is not None:
             v = self.value_mix(v, values.first)
-        y = self.kernels.attend(q, k, v, cu, longest) if past is None else attention_cached(q, k, v, past)
+        y = self.kernels.attend(q, k, v, cu, longest, self.window) if past is None else attention_cached(q, k, v, past)
         if self.xsa:  # the same v that attention used
             y = exclude_self(y, v)
         if self.gate is not None:
@@ -3880,7 +3906,7 @@ class Slots:
 
     def __init__(self, model: GPT, cfg: Config, run: Run, count: int):
         self.cfg = cfg
-        self.sites, self.window = adapter_sites(model, cfg), cfg.eval_seq_len
+        self.sites = adapter_sites(model, cfg)
         rank, rng, parts, fixed = cfg.ttt_lora_rank, torch.Generator().manual_seed(cfg.seed), [], []
         for _, _, into, out in self.sites:
             parts += [(2 * torch.rand(rank * into, generator=rng) - 1) / math.sqrt(into), torch.zeros(out * rank)]
@@ -3895,8 +3921,9 @@ class Slots:
         self.theta = self.start.repeat(count, 1)
         self.first = torch.zeros_like(self.theta) if cfg.ttt_beta1 else None
         self.second, self.steps = torch.zeros_like(self.theta), torch.zeros(count, 1, device=run.device)
-        cells = count, (self.window if cfg.ttt_cache == "keep" else 0) + self.SPARE, cfg.num_kv_heads, cfg.head_dim
-        self.keys = [torch.zeros(cells, device=run.device, dtype=run.dtype) for _ in model.plans[1]]
+        self.reach = [min(cfg.windows.get(v.layer, cfg.eval_seq_len), cfg.eval_seq_len) for v in model.plans[1]]
+        cells = [(reach if cfg.ttt_cache == "keep" else 0) + self.SPARE for reach in self.reach]
+        self.keys = [torch.zeros(count, n, cfg.num_kv_heads, cfg.head_dim, device=run.device, dtype=run.dtype) for n in cells]
         self.values = [torch.zeros_like(k) for k in self.keys]
         self.renew = model.renew
 
@@ -3920,17 +3947,17 @@ class Slots:
         head = HeadAdapters(**made.pop(-1, {}), bias=extra[:, :split].float() if split else None,
                             caps=self.cfg.logit_softcap + self.CAP_SCALE * extra[:, split:split + 2].float()
                             if self.cfg.ttt_asym_logit else None)
-        past = [Past(k[:n], v[:n], begin, k.shape[1] - self.SPARE) for k, v in zip(self.keys, self.values)]
+        past = [Past(k[:n], v[:n], begin, k.shape[1] - self.SPARE, r) for k, v, r in zip(self.keys, self.values, self.reach)]
         return Memory([VisitAdapters(**made.get(i, {})) for i in range(len(self.keys))], past, head, n, lead, [])
 
     @torch.no_grad()
     def remember(self, memory: Memory, pos: Tensor, real: Tensor) -> None:
         """Store the new keys and values [n C, K, E] in a ring over positions; what is not real goes to the spare cell."""
-        n, ring = pos.shape[0], memory.past[0].window
-        cell = torch.where(real, pos % max(ring, 1), ring)
-        row = torch.arange(n, device=pos.device)[:, None].expand_as(cell)
-        for old_k, old_v, (k, v) in zip(self.keys, self.values, memory.kept):
-            old_k[row, cell], old_v[row, cell] = k.unflatten(0, (n, -1)), v.unflatten(0, (n, -1))
+        n, row = len(pos), torch.arange(len(pos), device=pos.device)[:, None].expand_as(pos)
+        cells = {ring: torch.where(real, pos % max(ring, 1), ring) for ring in {past.window for past in memory.past}}
+        for past, old_k, old_v, (k, v) in zip(memory.past, self.keys, self.values, memory.kept):
+            at = row, cells[past.window]
+            old_k[at], old_v[at] = k.unflatten(0, (n, -1)), v.unflatten(0, (n, -1))
 
     @torch.no_grad()
     def learn(self, grad: Tensor, learns: Tensor) -> None:

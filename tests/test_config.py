@@ -59,6 +59,8 @@ RULES = [  # (knobs on top of the smoke preset, the knob that is named, a piece 
     ({"TRAIN_BATCH_TOKENS": 8193}, "TRAIN_BATCH_TOKENS", "multiple of PACK_TOKENS=1024"),
     ({"WORLD_SIZE": 3, "TTT_BATCH_TOKENS": 4098}, "TRAIN_BATCH_TOKENS", "3 ranks"),
     ({"TRAIN_SEQ_SCHEDULE": "128:0.5,64:0.7"}, "TRAIN_SEQ_SCHEDULE", "rising 'tokens:fraction' pairs below TRAIN_SEQ_LEN=256"),
+    ({"ATTN_WINDOW": "64:1,5"}, "ATTN_WINDOW", "layers below NUM_LAYERS=5"),
+    ({"ATTN_WINDOW": "63:1"}, "ATTN_WINDOW", "the largest chunk of TTT_CHUNK_SIZE=64"),
     ({"STEP_RULE": "trellis", "WEIGHT_CODER": "sections"}, "STEP_RULE", "only WEIGHT_CODER=range knows a trellis"),
     ({"MICRO_BATCH_TOKENS": 1023}, "MICRO_BATCH_TOKENS", "PACK_TOKENS=1024"),
     ({"PARALLEL_START_LAYER": 5}, "PARALLEL_START_LAYER", "below 5"),  # would silently give no lanes

@@ -48,7 +48,8 @@ def score(tmp_path, docs=None, **env):
 
 
 @pytest.mark.parametrize("env", [{}, {"NUM_LOOPS": 1, "LOOP_START": 0, "LOOP_END": 1}, {"SMEAR_GATE": "post"},
-                                 {"BIGRAM_VOCAB_SIZE": 50}, {"VALUE_RESIDUAL": "mix"}, {"TTT_ASYM_LOGIT": 1}])
+                                 {"BIGRAM_VOCAB_SIZE": 50}, {"VALUE_RESIDUAL": "mix"}, {"TTT_ASYM_LOGIT": 1},
+                                 {"ATTN_WINDOW": "9:1"}, {"ATTN_WINDOW": "8:0,1", "NUM_LOOPS": 1, "LOOP_START": 0, "LOOP_END": 1}])
 @pytest.mark.parametrize("cache", ["keep", "recompute"])
 def test_without_learning_it_scores_like_windows(cache, env, tmp_path):
     """Cached keys and values, lead tokens and masks reproduce the flat forward exactly."""
