@@ -245,9 +245,10 @@ class PackKnobs:
                           ("sdclip", "fisher", "trellis"))
     weight_coder: str = knob("range", "integers of all tensors in one range-coded stream by the scales of row and column, or a "
                              "section a tensor by COMPRESSOR", ("range", "sections"))
-    matrix_bits: int = knob(6, "integer range of matrices; the sigmas, not the bits, set the size", low=2, high=8)
+    matrix_bits: int = knob(6, "integer range of matrices under SDClip; the sigmas, not the bits, set the size", low=2, high=8)
     embed_bits: int = knob(7, "integer range of the embedding", low=2, high=8)
-    attn_clip_sigmas: float = knob(13.0, "clip at this many row deviations: larger is coarser and smaller", low=0.1)
+    attn_clip_sigmas: float = knob(13.0, "SDClip at this many row deviations: larger is coarser and smaller; Fisher's steps only "
+                                   "begin there", low=0.1)
     mlp_clip_sigmas: float = knob(11.5, "the same for MLP matrices", low=0.1)
     embed_clip_sigmas: float = knob(14.0, "the same for the embedding and hash tables", low=0.1)
     gated_attn_quant_gate: bool = knob(False, "store gate matrices as int8 rows instead of fp16")
@@ -258,7 +259,7 @@ class PackKnobs:
     gptq_reserve_seconds: float = knob(-1.0, "training time kept for the Hessians; -1: measured in the warm-up", low=-1)
     compressor: str = knob("auto", "entropy coder; auto takes the smallest result section by section",
                            ("auto", "brotli", "zstd", "lzma", "zlib"))
-    artifact_max_bytes: int = knob(16_000_000, "cap on packed code + model; over it, steps are coarsened until it fits", low=1)
+    artifact_max_bytes: int = knob(16_000_000, "cap on packed code + model; one factor of all steps brings them under it", low=1)
     eval_seq_len: int = knob(3072, "tokens in a scored window", low=2)
     eval_stride: int = knob(64, "sliding windows advance by this many tokens", low=1)
     val_batch_tokens: int = knob(131072, "tokens in one forward pass of a rank when scoring", low=1)
@@ -1609,12 +1610,6 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat(((a * cos + b * sin).to(x.dtype), (b * cos - a * sin).to(x.dtype), rest), -1)
 
 
-def heads(qkv: Tensor, gain: Tensor, rope: tuple, counts: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """The three parts of qkv [T, (H + 2K) E]; queries and keys normalised and rotated, queries times their head's gain."""
-    q, k, v = qkv.unflatten(-1, (sum(counts), -1)).split(counts, 1)
-    return rotate(norm(q), rope) * gain.to(q.dtype)[:, None], rotate(norm(k), rope), v
-
-
 def head_nll_eager(h: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
     """Nats of targets under softcapped logits h W^T. h [T, D], weight [V, D] -> [T]"""
     return softcapped_nll(F.linear(h, weight), targets, cap)
@@ -1636,8 +1631,8 @@ if installed("triton"):
             tl.store(at + c, slope.to(LOGITS.dtype.element_ty), mask=c < V)
 
 
-# The fused forms as opaque operators, like FlashAttention-4 above: each stays one node of a compiled block, and reads and
-# writes every row once. What they save is in the speed log of records/README.md.
+# The fused form as an opaque operator, like FlashAttention-4 above: it stays one node of a compiled graph, and reads and
+# writes every row once. What it saves is in the speed log of records/README.md.
 @operator("head_nll", lambda h, weight, targets, cap, learns: (
     h.new_empty(len(h), dtype=torch.float32), h.new_empty(*((len(h), len(weight)) if learns else (0,)))))
 def head_nll_op(h: Tensor, weight: Tensor, targets: Tensor, cap: float, learns: bool) -> tuple[Tensor, Tensor]:
@@ -1853,7 +1848,7 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: Config, layer: int, kernels: Kernels):
         super().__init__()
-        self.heads = cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads
+        self.heads, self.head_dim = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads), cfg.head_dim
         self.qkv = Linear(sum(self.heads) * cfg.head_dim, cfg.model_dim)  # one GEMM; Muon sees three matrices (room 9)
         self.o = Linear(cfg.model_dim, cfg.num_heads * cfg.head_dim)
         self.q_gain = nn.Parameter(torch.empty(cfg.num_heads))
@@ -1868,12 +1863,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, values: OtherValues, rope: tuple, cu: Tensor, longest: int, lora: VisitAdapters,
                 past: Past | None) -> tuple[Tensor, tuple]:
         """x [T, D] -> (output [T, D], what others want of it: (values for later layers, keys, values for the cache))."""
-        # one GEMM for all three, in one layout, so that one kernel can take it apart
-        qkv = self.qkv(x)
-        if any(lora[:3]):  # adapters of queries, keys and values are three
-            parts = qkv.unflatten(-1, (sum(self.heads), -1)).split(self.heads, 1)
-            qkv = torch.cat([corrected(y.flatten(1), x, pair) for y, pair in zip(parts, lora[:3])], 1)
-        q, k, v = heads(qkv, self.q_gain, rope, self.heads)
+        # one GEMM for all three; adapters of queries, keys and values are three
+        parts = self.qkv(x).split([n * self.head_dim for n in self.heads], -1)
+        q, k, v = (corrected(y, x, pair).unflatten(-1, (n, -1)) for y, pair, n in zip(parts, lora[:3], self.heads))
+        q, k = rotate(norm(q), rope) * self.q_gain.to(q.dtype)[:, None], rotate(norm(k), rope)
         # before attention and XSA, so that both use one v
         if self.value_scale is not None:
             v = v + self.value_scale.to(v.dtype) * values.embedded.view_as(v)
@@ -2523,8 +2516,8 @@ class Average:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 12. QUANTISATION - GPTQ (arXiv 2210.17323) with SDClip steps (PR #1394): Hessians of what each weight multiplies, by
-#     hooks on the one model; equal shapes are solved as one batch. q is an integer in [-qmax, qmax], weight = q * step.
+# 12. QUANTISATION - GPTQ (arXiv 2210.17323), steps by spread (SDClip, PR #1394) or by what errors cost: Hessians of what
+#     each weight multiplies, by hooks on the one model; equal shapes are solved as one batch. weight = q * step.
 # ----------------------------------------------------------------------------------------------------------------------
 DAMP = 0.01  # of the mean diagonal, added before the Cholesky factorisation
 COLUMNS = 128  # columns solved between two updates of the remaining ones
@@ -2705,7 +2698,8 @@ def factor_hessians(h: Tensor) -> Factored:
 
 # Trellis-coded rounding (Ungerboeck's code of 4 states; Marcellin and Fischer 1990). A state admits the integers of one
 # parity, and which half of those was taken leads on: an entropy coder that follows the walk pays for every second integer
-# only, while a walk can come nearer to its numbers than every second integer could. Predicted: errors x.81 at equal bits.
+# only, while a walk can come nearer to its numbers than every second integer could: errors x.81 at equal bits. All numbers
+# of a walk weigh alike, which is so where steps are Fisher's; in rows at the limits of steps() it is only near.
 WALK = 64  # numbers from one start, in state 0, to the next; a longer walk gains at most 2 % more
 
 
@@ -2725,16 +2719,20 @@ def trellis(x: Tensor) -> Tensor:
     high, odd, bit = two[:, None, None, None], two[:, None, None], two[:, None]
     # [WALK, high, odd, bit, B]: from state 2 high + odd one of the two steps leads to state 2 odd + bit
     cost = (x[:, None, None, None] - nearest(x[:, None, None, None], odd + 2 * (bit ^ high))).square()
-    total, came = x.new_full((2, 2, 1, x.shape[1]), math.inf), []
+    total, best = x.new_full((2, 2, 1, x.shape[1]), math.inf), []
     total[0, 0] = 0.0
     for c in cost:
-        total, best = (total + c).min(0)
+        total, which = (total + c).min(0)
         total = total.unsqueeze(2)
-        came.append((2 * best + odd).flatten(0, 1))
-    states = [total.flatten(0, 2).argmin(0)]
-    for c in reversed(came):
-        states.append(c.gather(0, states[-1][None])[0])
-    now, then = torch.stack(states[:0:-1]), torch.stack(states[-2::-1])
+        best.append(which)
+    # [WALK, 4, B]: the state before a step, by the state after it; then, doubling, before all steps from it to the end
+    back, reach = (2 * torch.stack(best) + odd).flatten(1, 2), 1
+    end, last = total.flatten(0, 2).argmin(0), back
+    while reach < len(back):
+        last = torch.cat((last[:-reach].gather(1, last[reach:]), last[-reach:]))
+        reach *= 2
+    now = last.gather(1, end.expand(len(back), 1, -1)).squeeze(1)
+    then = torch.cat((now[1:], end[None]))
     return nearest(x, (now & 1) + 2 * (then & 1 ^ now >> 1)).T
 
 
@@ -2753,7 +2751,7 @@ def gptq(w: Tensor, f: Factored, step: Tensor, qmax: int, column: Tensor | None 
         for j in range(a, b):
             s = step * column[:, j, None]
             x = w[:, :, j] / s  # every row of every layer of the batch
-            q[:, :, j] = (trellis(x.clamp(3 - qmax, qmax - 3).view(-1, WALK)).view_as(x) if walks else  # it may go 2 away
+            q[:, :, j] = (trellis(x.clamp(3 - qmax, qmax - 3).view(-1, WALK)).reshape(x.shape) if walks else  # it may go 2 away
                           x.round().clamp(-qmax, qmax))
             e = (w[:, :, j] - q[:, :, j] * s) / f.upper[:, j, j, None]
             w[:, :, j:b] -= e[:, :, None] * f.upper[:, j, None, j:b]  # within the block at once
@@ -2890,7 +2888,7 @@ class Quantizer:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 13. ARTIFACT - one file: magic, checksum, manifest, entropy-coded sections; no pickle. Its size and that of the packed
-#     code are counted on the bytes that are written. Where they are over the cap, steps are coarsened until they fit.
+#     code are counted on the bytes that are written, and one factor of all steps brings them under the cap.
 # ----------------------------------------------------------------------------------------------------------------------
 ARTIFACT_MAGIC = b"PGOLF\x00\x01\n"
 PACKED_MARK = "# packed by train_gpt.py"
@@ -2958,17 +2956,16 @@ def scale_of(row: Tensor, column: Tensor) -> Tensor:
     return (row.long()[:, None] + column.long() - 32).clamp(0, SCALES - 1)
 
 
-def cells(t: Quantized) -> Tensor:
+def cells(t: Quantized, row: Tensor, column: Tensor) -> Tensor:
     """Where each integer stands in the table of frequencies: (scale, and SCALES more for odd ones) * 256 + symbol. [R, C]"""
     q = t.q.long()
     odd, symbol = (q & 1, q >> 1) if t.walked else (0, q)
-    return (scale_of(*scales(t)) + SCALES * odd) * 256 + symbol + 128
+    return (scale_of(row, column) + SCALES * odd) * 256 + symbol + 128
 
 
-def cell_counts(tensors: dict[str, Quantized]) -> dict[str, Tensor]:
-    """How often each symbol stands at each scale: name -> [2 SCALES, 256]."""
-    # on the tensors' own device: 36M integers
-    return {n: torch.bincount(cells(t).flatten(), minlength=512 * SCALES).view(-1, 256).cpu() for n, t in tensors.items()}
+def count_cells(at: Tensor) -> Tensor:
+    """How often each symbol stands at each scale: [2 SCALES, 256]."""
+    return torch.bincount(at.flatten(), minlength=512 * SCALES).view(-1, 256).cpu()  # counted on the tensor's own device
 
 
 def to_frequencies(counts: np.ndarray) -> np.ndarray:
@@ -3021,6 +3018,7 @@ class RangeReader:
 
 
 def one_row(tensors: list[Tensor]) -> Tensor:
+    """All of them, one after the other."""
     return torch.cat([torch.empty(0, dtype=torch.uint8), *(x.flatten() for x in tensors)])
 
 
@@ -3032,9 +3030,11 @@ def in_step(tensors: list[Tensor]) -> Tensor:
 
 def range_sections(tensors: dict[str, Quantized]) -> tuple[list[bytes], bytes]:
     """(scales of rows, of columns, the table of frequencies, to be coded like other sections; the stream of integers)"""
-    frequencies = to_frequencies(sum(cell_counts(tensors).values()).numpy())
-    plain, walked = ([cells(t).int().cpu() for t in tensors.values() if t.walked == kind] for kind in (False, True))
-    side = [torch.cat(part).cpu().numpy().tobytes() for part in zip(*map(scales, tensors.values()))]
+    found = {n: scales(t) for n, t in tensors.items()}  # once: what is coded by them and what is stored must agree
+    at = {n: cells(t, *found[n]) for n, t in tensors.items()}
+    frequencies = to_frequencies(sum(map(count_cells, at.values())).numpy())
+    plain, walked = ([at[n].int().cpu() for n, t in tensors.items() if t.walked == kind] for kind in (False, True))
+    side = [torch.cat(part).cpu().numpy().tobytes() for part in zip(*found.values())]
     parts = [one_row(plain), *in_step(walked)]
     return [*side, frequencies.astype("<u2").tobytes()], range_encode([part.numpy() for part in parts], frequencies)
 
@@ -3053,7 +3053,7 @@ def ranged_integers(shapes: dict[str, list[int]], walked: list[str], rows: bytes
     q, state = np.empty(steps.shape, np.int8), np.zeros(steps.shape[1], np.uint8)
     for i, row in enumerate(steps):
         odd = state & 1
-        half = read(row + SCALES * odd) ^ 128
+        half = read(row + SCALES * odd) ^ 128  # 127 + 128 is what a byte holds
         q[i] = 2 * half.view(np.int8) + odd
         state = after(state, half & 1)
     for n, part in zip(walked, torch.from_numpy(q).split([at[n].numel() // WALK for n in walked], 1)):
@@ -3063,7 +3063,7 @@ def ranged_integers(shapes: dict[str, list[int]], walked: list[str], rows: bytes
 
 def bits_by_tensor(tensors: dict[str, Quantized]) -> dict[str, float]:
     """Entropy of each tensor's integers given their scales, by the frequencies of all: what the range coder spends on it."""
-    counts = cell_counts(tensors)
+    counts = {n: count_cells(cells(t, *scales(t))) for n, t in tensors.items()}
     whole = sum(counts.values()).double()
     spent = -(whole / whole.sum(1, keepdim=True).clamp_min(1)).clamp_min(1e-12).log2()
     return {n: float((c * spent).sum()) for n, c in counts.items()}
@@ -3191,6 +3191,7 @@ def fit_artifact(quantizer: Quantizer, meta: dict, cfg: Config, run: Run) -> tup
     names, code, cap = codec_names(cfg.compressor, run), len(pack_code(SOURCE)), cfg.artifact_max_bytes
     coarser, tries, best, finest = 1.0, [], None, 0.25 if quantizer.slopes else 1.0
     for attempt in range(8):
+        packed = coarser
         tensors, errors = quantizer.solve(coarser)
         data, parts = build_artifact(tensors, quantizer.kept, {**meta, "coarser": coarser}, names, cfg.weight_coder)
         total, bits = len(data) + code, coded_bits(tensors)  # what is counted is what is written
@@ -3200,16 +3201,17 @@ def fit_artifact(quantizer: Quantizer, meta: dict, cfg: Config, run: Run) -> tup
         run.event("pack", coarser=coarser, total=total, code=code, bits=bits, errors=errors)
         if total <= cap and (best is None or total > best[0]):
             best = total, data, {"code": code, **parts}, coarser
-        if total <= cap and (coarser == finest or total > 0.995 * cap):
-            break
         tries = [*tries, (math.log2(coarser), total)][-2:]
+        stuck = total > cap and len(tries) == 2 and abs(tries[1][1] - tries[0][1]) < 1e-4 * cap  # steps at their limits
+        if total <= cap and (coarser == finest or total > 0.995 * cap) or stuck:
+            break
         slope = -quantizer.weights / 8 if len(tries) < 2 else (tries[1][1] - tries[0][1]) / (tries[1][0] - tries[0][0])
         # never so far that steps lose their meaning
         octaves = min(max((0.9985 * cap - total) / min(slope, -1.0), -2.0), 2.0)
         coarser = max(coarser * 2 ** octaves, finest)
     if best is None:
-        run.fail(f"artifact does not fit: {total} bytes > {cap} at steps x{coarser:.2f}")
-        best = total, data, {"code": code, **parts}, coarser
+        run.fail(f"artifact does not fit: {total} bytes > {cap} at steps x{packed:.2f}")
+        best = total, data, {"code": code, **parts}, packed
     return best[1:]
 
 

@@ -173,7 +173,8 @@ def kernels(tg, model, cfg, run, batch) -> list[tuple]:
              4 * pairs * counts[0] * E, 14 * pairs * counts[0] * E)]
     h, head = random(T, D), (0.1 * torch.randn(V, D, device=run.device)).to(run.dtype)
     logits, work = size * T * V, 2.0 * T * V * D
-    for f, label in (k.nll, "chosen"), (tg.head_nll_eager, "eager twin"):  # with the head's product: written, read and written over, read twice by its gradients
+    # with the head's product: written, read and written over, read twice by its gradients
+    for f, label in (k.nll, "chosen"), (tg.head_nll_eager, "eager twin"):
         f = compiled(f, label, run)
         rows.append((f"head and nats ({label})", lambda a, w, f=f: f(a, w, batch.targets, cfg.logit_softcap or 30.0), [h, head],
                      2 * logits, 5 * logits, work, 3 * work))

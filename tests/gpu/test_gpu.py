@@ -110,6 +110,22 @@ def test_fused_nats_equal_their_eager_twin_in_fp32(run):
         assert torch.isfinite(got).all() and relative(got, reference) < 1e-2
 
 
+def test_integers_of_the_gpu_come_back_from_the_stream():
+    """Trellis inside GPTQ, the coder's tables and its reader, with weights on the device as in a run."""
+    torch.manual_seed(0)
+    w, x = torch.randn(3, 128, 96, device="cuda"), torch.randn(4000, 96, device="cuda")
+    h = (x.T @ x / len(x)).expand(3, 96, 96).contiguous()
+    step = torch.full((3, 128), 0.25, device="cuda")
+    q = tg.gptq(w, tg.factor_hessians(h), step, 127, None, True)
+    plain = tg.gptq(w, tg.factor_hessians(h), 2 * step, 127)
+    error = [float((((w - a * b) @ h) * (w - a * b)).sum()) for a, b in ((q, 0.25), (plain, 0.5))]
+    assert error[0] < 0.9 * error[1]
+    tensors = {"walked": tg.Quantized(q[0], step[0].half(), None, True), "plain": tg.Quantized(plain[0], step[0].half())}
+    more, stream = tg.range_sections(tensors)
+    back = tg.ranged_integers({n: list(t.q.shape) for n, t in tensors.items()}, ["walked"], *more, stream)
+    assert all(torch.equal(back[n], t.q.cpu()) for n, t in tensors.items())
+
+
 @pytest.mark.parametrize("scope, kernels", [("none", "triton"), ("block", "triton")])
 def test_compiled_and_fused_equal_eager(scope, kernels, run):
     """Loss and gradients of the record network against the same weights run eagerly without our kernels, both plans."""
