@@ -2696,16 +2696,22 @@ def factor_hessians(h: Tensor) -> Factored:
     raise RuntimeError("a Hessian stays indefinite at damping 1.0; was the calibration data degenerate?")
 
 
-# Trellis-coded rounding (Ungerboeck's code of 4 states; Marcellin and Fischer 1990). A state admits the integers of one
-# parity, and which half of those was taken leads on: an entropy coder that follows the walk pays for every second integer
-# only, while a walk can come nearer to its numbers than every second integer could: errors x.81 at equal bits. All numbers
-# of a walk weigh alike, which is so where steps are Fisher's; in rows at the limits of steps() it is only near.
-WALK = 64  # numbers from one start, in state 0, to the next; a longer walk gains at most 2 % more
+# Trellis-coded rounding (Marcellin and Fischer 1990, entropy-coded as by Fischer and Wang 1992). A state admits the integers
+# of one parity, and which half of those was taken leads on: an entropy coder that follows the walk pays for every second
+# integer only, while a walk can come nearer to its numbers than every second integer could: errors x.785 at equal bits. All
+# numbers of a walk weigh alike, which is so where steps are Fisher's; in rows at the limits of steps() it is only near.
+WALK = 64  # numbers from one start, in state 0, to the next; walks twice as long err 2 % less and take twice as long
+STATES = 32  # a power of two; 4, 8 and 16 err 3, 2 and 1 % more
+
+
+def flips(state):
+    """Which of a state's two steps takes which half: taps 1 and 4 are the best of all for 32 states (tried on Gaussian numbers)."""
+    return (state >> 1 ^ state >> 4) & 1
 
 
 def after(state, half):
     """The state to which one of its halves (second-lowest bit of the integer) leads; a state's parity is its lowest bit."""
-    return (state & 1) << 1 | half ^ state >> 1
+    return (state & STATES // 2 - 1) << 1 | half ^ flips(state)
 
 
 def nearest(x: Tensor, residue: Tensor) -> Tensor:
@@ -2715,25 +2721,26 @@ def nearest(x: Tensor, residue: Tensor) -> Tensor:
 
 def trellis(x: Tensor) -> Tensor:
     """The integers [B, WALK] of the walk with the least squared error (Viterbi's algorithm)."""
-    two, x = torch.arange(2, device=x.device), x.T
-    high, odd, bit = two[:, None, None, None], two[:, None, None], two[:, None]
-    # [WALK, high, odd, bit, B]: from state 2 high + odd one of the two steps leads to state 2 odd + bit
-    cost = (x[:, None, None, None] - nearest(x[:, None, None, None], odd + 2 * (bit ^ high))).square()
-    total, best = x.new_full((2, 2, 1, x.shape[1]), math.inf), []
+    x, bit, low = x.T, torch.arange(2, device=x.device), torch.arange(STATES // 2, device=x.device)
+    state = len(low) * bit[:, None] + low  # [high bit, low bits]
+    residue = (state & 1)[..., None] + 2 * (flips(state)[..., None] ^ bit)
+    # [WALK, high, low, bit, B]: a step leads from state (high, low) to state (low, bit)
+    cost = (x[:, None] - nearest(x[:, None], torch.arange(4, device=x.device)[:, None])).square()[:, residue]
+    total, best = x.new_full((2, len(low), 1, x.shape[1]), math.inf), []
     total[0, 0] = 0.0
     for c in cost:
         total, which = (total + c).min(0)
-        total = total.unsqueeze(2)
+        total = total.view(2, len(low), 1, -1)
         best.append(which)
-    # [WALK, 4, B]: the state before a step, by the state after it; then, doubling, before all steps from it to the end
-    back, reach = (2 * torch.stack(best) + odd).flatten(1, 2), 1
+    # [WALK, STATES, B]: the state before a step, by the state after it; then, doubling, before all steps from it to the end
+    back, reach = (len(low) * torch.stack(best) + low[:, None, None]).flatten(1, 2), 1
     end, last = total.flatten(0, 2).argmin(0), back
     while reach < len(back):
         last = torch.cat((last[:-reach].gather(1, last[reach:]), last[-reach:]))
         reach *= 2
     now = last.gather(1, end.expand(len(back), 1, -1)).squeeze(1)
     then = torch.cat((now[1:], end[None]))
-    return nearest(x, (now & 1) + 2 * (then & 1 ^ now >> 1)).T
+    return nearest(x, (now & 1) + 2 * (then & 1 ^ flips(now))).T
 
 
 def gptq(w: Tensor, f: Factored, step: Tensor, qmax: int, column: Tensor | None = None, walks: bool = False) -> Tensor:

@@ -334,11 +334,11 @@ def walk(q):
 
 
 def test_trellis_gives_the_nearest_walk():
-    """Against every walk there is: six integers of three residues each would be enough, all 3^6 choices around are tried."""
-    x = 4 * torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    """Against every walk there is within 3 of the numbers, at the start, where a walk is least free."""
+    x = 4 * torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
     got = tg.trellis(x)
     assert walk(got)[1].all()
-    moves = torch.cartesian_prod(*[torch.arange(-2, 3)] * 6)  # every integer within 2
+    moves = torch.cartesian_prod(*[torch.arange(-3, 4)] * 6)
     for row, mine in zip(x, got):
         near = row.round() + moves
         allowed = near[walk(near)[1].all(1)]
@@ -352,14 +352,14 @@ def entropy(q):
 
 @pytest.mark.parametrize("spread", [1.0, 4.0])
 def test_trellis_errs_a_fifth_less_at_equal_bits(spread):
-    """Gaussian numbers; .92 dB of the 1.53 that there are to gain over rounding (Marcellin and Fischer, table of 4 states: .99)."""
+    """Gaussian numbers: 1.05 dB of the 1.53 that there are to gain over rounding; walks without end gain 1.2 (Marcellin and Fischer)."""
     x = spread * torch.randn(4000, tg.WALK, generator=torch.Generator().manual_seed(0))
     q = tg.trellis(2 * x)
     odd = (q.long() & 1).bool()
     bits = float(odd.float().mean()) * entropy(q[odd]) + float((~odd).float().mean()) * entropy(q[~odd])
     # rounding's error at the same entropy: 6.02 dB a bit from the step of 1
     plain = float((x - x.round()).square().mean()) * 4 ** (entropy(x.round()) - bits)
-    assert 0.78 < float((x - q / 2).square().mean()) / plain < 0.83
+    assert 0.76 < float((x - q / 2).square().mean()) / plain < 0.805
 
 
 def trellised(rows, columns, spread=3.0, seed=0):
