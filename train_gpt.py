@@ -2525,7 +2525,7 @@ COLUMNS = 128  # columns solved between two updates of the remaining ones
 
 class Quantized(NamedTuple):
     """q [R, C] int8, step of rows [R] and, where columns have their own, of columns [C]: fp16, because that is what is stored.
-    walked: down each column q follows the trellis.
+    walked: down each column q, then int16, follows the trellis.
     """
     q: Tensor
     step: Tensor
@@ -2744,7 +2744,7 @@ def trellis(x: Tensor) -> Tensor:
 
 
 def gptq(w: Tensor, f: Factored, step: Tensor, qmax: int, column: Tensor | None = None, walks: bool = False) -> Tensor:
-    """Round columns one by one, feeding each error into the columns not yet rounded. w [N, R, C], step [N, R] -> int8
+    """Round columns one by one, feeding each error into the columns not yet rounded. w [N, R, C], step [N, R] -> int8 or int16
 
     The error of column j, over the factor's diagonal, times the factor's row j is the optimal correction. column [N, C]: factors
     of the steps. Walks of the trellis run down a column, whose rows do not feed each other: no error waits for a later choice.
@@ -2764,7 +2764,7 @@ def gptq(w: Tensor, f: Factored, step: Tensor, qmax: int, column: Tensor | None 
             w[:, :, j:b] -= e[:, :, None] * f.upper[:, j, None, j:b]  # within the block at once
             errors[:, :, j - a] = e
         w[:, :, b:] -= errors @ f.upper[:, a:b, b:]  # the rest of the matrix in one product
-    return torch.take_along_dim(q, f.order.argsort(1)[:, None], 2).to(torch.int8)
+    return torch.take_along_dim(q, f.order.argsort(1)[:, None], 2).to(torch.int16 if walks else torch.int8)
 
 
 LOW_A, LOW_B = "#a", "#b"  # suffixes of a tensor's correction: [1, R rank] and [rank C / group, group]
@@ -2853,10 +2853,10 @@ class Quantizer:
             return s.row.clamp_min(1e-7).half(), quant_spec(self.cfg, s.kind)[0]
         if s.column is None:
             return on_grid(coarser * s.row), quant_spec(self.cfg, s.kind)[0]
-        # high-rate theory ends where a step is wider than what it divides; int8 ends at 127
+        # high-rate theory ends where a step is wider than what it divides; a symbol of the coder ends at 127
         spread, most = (s.w / s.column[:, None]).std(-1), (s.w / s.column[:, None]).abs().amax(-1)
-        step = torch.minimum(coarser * s.row, 1.5 * spread) / (1 + s.walks)  # every second integer is paid for
-        return on_grid(torch.maximum(step, most / 120)), 127
+        step = torch.maximum(torch.minimum(coarser * s.row, 1.5 * spread), most / 120)
+        return on_grid(step / (1 + s.walks)), 127 * (1 + s.walks)  # on a walk every second integer is a symbol
 
     def solve(self, coarser: float = 1.0) -> tuple[dict[str, Quantized], dict[str, float]]:
         """All tensors with every step times `coarser`; also the relative output error of each quantiser column, and predicted nats."""
@@ -3048,7 +3048,7 @@ def range_sections(tensors: dict[str, Quantized]) -> tuple[list[bytes], bytes]:
 
 def ranged_integers(shapes: dict[str, list[int]], walked: list[str], rows: bytes, columns: bytes, table: bytes,
                     stream: bytes) -> dict[str, Tensor]:
-    """The inverse: name -> q [R, C] int8."""
+    """The inverse: name -> q [R, C]."""
     sides = [torch.frombuffer(bytearray(side), dtype=torch.uint8).split([shape[i] for shape in shapes.values()])
              for i, side in enumerate((rows, columns))]
     at = {n: scale_of(*pair).to(torch.uint8) for n, pair in zip(shapes, zip(*sides))}
@@ -3057,11 +3057,11 @@ def ranged_integers(shapes: dict[str, list[int]], walked: list[str], rows: bytes
     parts = torch.from_numpy((read(one_row(list(plain.values())).numpy()) ^ 128).view(np.int8)).split([x.numel() for x in plain.values()])
     out = {n: q.view(shapes[n]) for n, q in zip(plain, parts)}
     steps = in_step([at[n] for n in walked]).numpy()
-    q, state = np.empty(steps.shape, np.int8), np.zeros(steps.shape[1], np.uint8)
+    q, state = np.empty(steps.shape, np.int16), np.zeros(steps.shape[1], np.uint8)
     for i, row in enumerate(steps):
         odd = state & 1
         half = read(row + SCALES * odd) ^ 128  # 127 + 128 is what a byte holds
-        q[i] = 2 * half.view(np.int8) + odd
+        q[i] = 2 * half.view(np.int8).astype(np.int16) + odd
         state = after(state, half & 1)
     for n, part in zip(walked, torch.from_numpy(q).split([at[n].numel() // WALK for n in walked], 1)):
         out[n] = part.reshape(WALK, -1, shapes[n][1]).transpose(0, 1).reshape(shapes[n])
