@@ -2855,7 +2855,7 @@ class Quantizer:
             return on_grid(coarser * s.row), quant_spec(self.cfg, s.kind)[0]
         # high-rate theory ends where a step is wider than what it divides; a symbol of the coder ends at 127
         spread, most = (s.w / s.column[:, None]).std(-1), (s.w / s.column[:, None]).abs().amax(-1)
-        step = torch.maximum(torch.minimum(coarser * s.row, 3.5 * spread), most / 120)
+        step = torch.maximum(torch.minimum(coarser * s.row, 1.5 * spread), most / 120)
         return on_grid(step / (1 + s.walks)), 127 * (1 + s.walks)  # on a walk every second integer is a symbol
 
     def solve(self, coarser: float = 1.0) -> tuple[dict[str, Quantized], dict[str, float]]:
