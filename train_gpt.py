@@ -1349,9 +1349,8 @@ def attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, win
 
 def ring_view(begin: Tensor, rows: int, window: int, reach: int) -> Tensor:
     """Who sees whom when S documents go on at positions begin [S] by C rows: [S, C, W + C] bool, W ring cells first.
-    reach: how many tokens a row sees at most, itself included.
 
-    Cell c of the ring holds the last position before `begin` that is c modulo W. Rows at positions below zero (a window
+    reach: how many tokens a row sees at most, itself included. Cell c of the ring holds the last position before `begin` that is c modulo W. Rows at positions below zero (a window
     that reaches over the document's start) are seen by nobody but themselves.
     """
     row, cell = (torch.arange(n, device=begin.device) for n in (rows, window))
@@ -1491,8 +1490,9 @@ class CachedAttention(torch.autograd.Function):
 def attention_cached(q: Tensor, k: Tensor, v: Tensor, past: tuple) -> Tensor:
     """S documents' next C tokens, attending to their cached past (a ring of W cells) and to themselves, causally.
 
-    q [S C, H, E], k and v [S C, K, E], past = (k and v [S, cells, K, E], begin [S], W) -> [S C, H, E]
+    q [S C, H, E], k and v [S C, K, E], a Past with k and v [S, cells, K, E] -> [S C, H, E]
     """
+    # with a ring, the new rows are one chunk, and no chunk is longer than a window: each sees all new ones before it
     if q.is_cuda and HAVE["triton"] and past.window:
         return CachedAttention.apply(*(x.contiguous() for x in (q, k, v)), past.k, past.v, past.begin, past.window)
     return attention_cached_eager(q, k, v, past)
@@ -2409,7 +2409,7 @@ class Muon:
                 u = full
             weights = [p.data[at:at + n] for p, at, n in members]
             updates = [x.to(weights[0].dtype) for x in u[:len(weights)].unbind(0)]
-            if self.cfg.muon_cautious_wd:  # where both have one sign the step goes towards zero anyway (Cautious Weight Decay, arXiv 2510.12402)
+            if self.cfg.muon_cautious_wd:  # where both have one sign the step goes towards zero anyway (arXiv 2510.12402)
                 agree = [(a > 0).to(a.dtype) for a in torch._foreach_mul(updates, weights)]
                 torch._foreach_addcmul_(weights, weights, agree, value=-lr * self.cfg.muon_wd)
             else:

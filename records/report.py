@@ -7,8 +7,8 @@ Writes curves.png, waterfall.png, bytes.png, schedules.png (and sweep.png) and i
 table inside it, which needs no other file. Runs of one recipe share a colour and a name; seeds are single lines.
 """
 import argparse
-import dataclasses
 import base64
+import dataclasses
 import html
 import importlib.util
 import json

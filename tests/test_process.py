@@ -398,12 +398,12 @@ def test_another_mode_gives_every_digit_again(again, whole, mode):
 
 
 def test_doctor_measures_steps_and_keeps_nothing(lab):
-    ended = lab.run("doctor", lab.small(MODE="doctor", MAX_WALLCLOCK_SECONDS=0))
+    ended = lab.run("doctor", lab.small(MODE="doctor", MAX_WALLCLOCK_SECONDS=0, NUM_LOOPS=8))  # slower on a busy machine too
     assert ended.code == 0, ended.out
     (event,) = [e for e in map(json.loads, (lab.root / "doctor").rglob("*.jsonl").__next__().read_text().splitlines())
                 if e["event"] == "doctor"]
     seconds = event["seconds"]
-    assert set(seconds) == {"False", "True"} and 0 < 0.5 * seconds["False"] < seconds["True"]  # a machine may be busy
+    assert set(seconds) == {"False", "True"} and 0 < seconds["False"] < seconds["True"]
     assert event["steps"] == pytest.approx(600 * (0.35 / seconds["False"] + 0.65 / seconds["True"]))
     assert f"predicted: {event['steps']:.0f} steps in 600s" in ended.out
     mine = hashlib.sha256(Path(lab.data["TOKENIZER_PATH"]).read_bytes()).hexdigest()[:16]
@@ -426,14 +426,14 @@ def write(row):
 
 
 def test_bench_times_every_part(lab):
-    ended = lab.run("bench", lab.small(MODE="bench", RUN_ID="bench", MAX_WALLCLOCK_SECONDS=0))
+    ended = lab.run("bench", lab.small(MODE="bench", RUN_ID="bench", MAX_WALLCLOCK_SECONDS=0, NUM_LOOPS=8))
     assert ended.code == 0, ended.out
     told = json.loads(ended.path(".bench.json").read_text())
     names = {k["name"].split(" (")[0].split(" ")[0] for k in told["kernels"]}
     assert names == {"attention", "head", "GEMM"}
     for k in told["kernels"]:  # a floor is one: below a quarter of it something was not computed
         assert 0.25 * k["forward_floor_ms"] < k["forward_ms"] < k["both_ms"] < math.inf, k
-    assert 0 < 0.5 * told["seconds_a_step"]["False"] < told["seconds_a_step"]["True"] and told["optimiser_ms"] > 0
+    assert 0 < told["seconds_a_step"]["False"] < told["seconds_a_step"]["True"] and told["optimiser_ms"] > 0
     assert {"hessians", "quantise and pack", "pass full tok/s", "pass ttt tok/s"} <= set(told["later"])
     assert ended.out.count("model FLOP utilisation") == 2 and "of the measured product rate" in ended.out
 

@@ -352,7 +352,7 @@ def entropy(q):
 
 @pytest.mark.parametrize("spread", [1.0, 4.0])
 def test_trellis_errs_a_fifth_less_at_equal_bits(spread):
-    """Gaussian numbers: 1.05 dB of the 1.53 that there are to gain over rounding; walks without end gain 1.2 (Marcellin and Fischer)."""
+    """Gaussian numbers: 1.05 dB of the 1.53 that there are to gain over rounding (records/README.md)."""
     x = spread * torch.randn(4000, tg.WALK, generator=torch.Generator().manual_seed(0))
     q = tg.trellis(2 * x)
     odd = (q.long() & 1).bool()
@@ -371,7 +371,7 @@ def trellised(rows, columns, spread=3.0, seed=0):
 @pytest.mark.parametrize("shapes", [[(64, 1)], [(64, 3), (128, 1030)], [(192, 40)] * 3], ids=str)
 @pytest.mark.parametrize("plain", [[], [(5, 7)], [(3, 700), (64, 64)]], ids=str)
 def test_range_coder_walks_along(shapes, plain):
-    """Walked tensors between others come back, and their integers cost what those of half the spread cost."""
+    """Walked tensors between others come back, and the stream is as long as their entropy given scale and parity."""
     tensors = {f"p{i}": gaussians(*shape, 1.0, i) for i, shape in enumerate(plain)}
     tensors |= {f"w{i}": trellised(*shape, seed=i) for i, shape in enumerate(shapes)}
     tensors = dict(sorted(tensors.items(), key=lambda item: item[0][1:]))
