@@ -44,6 +44,7 @@ import heapq
 import importlib.util
 import inspect
 import io
+import itertools
 import json
 import lzma
 import math
@@ -149,6 +150,8 @@ class DataKnobs:
     train_seq_len: int = knob(2048, "longest segment in training; longer documents are split", low=2)
     train_seq_schedule: str = knob("", "shorter segments first, as tokens:fraction of the run at which they end, ...: "
                                    "1024:0.35; empty: TRAIN_SEQ_LEN always")
+    train_batch_schedule: str = knob("0.5:0.7", "smaller steps first, as share of TRAIN_BATCH_TOKENS:fraction of the run at which they "
+                                     "end, ...; the lr goes with the share's root; empty: whole batches always")
     loader: str = knob("shuffled", "order of blocks: permuted anew each epoch, as they lie, or strides coprime to each shard's "
                        "length over several shards at once (PR #1880)", ("shuffled", "sequential", "coprime"))
     doc_isolation: bool = knob(True, "documents do not see each other in attention, positions and smearing")
@@ -311,10 +314,10 @@ class PackKnobs:
     ttt_unfreeze_blocks: int = knob(2, "blocks that TTT_PARAMS=last moves, with all gains and gates", low=0)
 
 
-CODED_AS_PUBLISHED = dict(step_rule="sdclip", weight_coder="sections")  # of all systems before this one
+AS_PUBLISHED = dict(step_rule="sdclip", weight_coder="sections", train_batch_schedule="")  # all systems before this one
 
 # The published naive baseline: no tricks, int8 and zlib. Learning rates and momentum as upstream's script has them.
-BASELINE = CODED_AS_PUBLISHED | dict(
+BASELINE = AS_PUBLISHED | dict(
     vocab_size=1024, num_layers=9, mlp_mult=2.0, mlp_act="relu2", train_seq_len=1024, eval_seq_len=1024,
     train_batch_tokens=524288, qk_gain_init=1.5, rope_dims=0, ln_scale=False, xsa_last_n=0, attn_gate="none",
     smear_gate="none", unet_skips="plain", num_loops=0, parallel_residual="none", doc_isolation=False,
@@ -338,7 +341,7 @@ SMOKE = dict(
 # are turned into fractions of the run by the number of steps that the original logged, and so are the horizons of averages
 # (1 / (1 - decay) steps). What the originals did against the contest's rules, or by mistake (notes in records/README.md), is
 # not repeated.
-NO_EXTRAS = CODED_AS_PUBLISHED | dict(ngram_tilt_boost=0.0, ttt_asym_logit=False, phased_ttt_num_phases=0)
+NO_EXTRAS = AS_PUBLISHED | dict(ngram_tilt_boost=0.0, ttt_asym_logit=False, phased_ttt_num_phases=0)
 PR413 = BASELINE | NO_EXTRAS | dict(
     # its ablation: 1,000 steps, of which a warm-down of 3,000 leaves the last third, and a momentum warm-up of 1,500 two
     attn_gate="dense", value_residual="mix", smear_gate="channel", bigram_vocab_size=4096, train_batch_tokens=131072,
@@ -372,7 +375,7 @@ PR1693 = NO_EXTRAS | dict(
 PR1855 = NO_EXTRAS | dict(
     gated_attn_quant_gate=True, lqer_top_k=3, eval_seq_len=2048, ttt_chunk_size="48", ttt_lora_sites="qkvomh",
     ttt_lora_rank=80, ttt_lora_alpha=144.0, phased_ttt_num_phases=3, phased_ttt_prefix_docs=2500)
-PR2135 = CODED_AS_PUBLISHED | dict(
+PR2135 = AS_PUBLISHED | dict(
     matrix_lr=0.028, lqer_top_k=3, lqer_asym_group=32, gptq_calibration_batches=32, eval_seq_len=2560,
     ttt_chunk_size="48", ttt_lora_rank=80, ttt_lora_alpha=144.0, ttt_lora_lr=8e-5, ttt_weight_decay=2.0, phased_ttt_prefix_docs=2500)
 
@@ -404,6 +407,24 @@ class ConfigError(SystemExit):
 
     def __init__(self, text: str):
         super().__init__(f"config: {text}")
+
+
+def read_stages(name: str, text: str, least: float, last: float, example: str) -> list[tuple[float, float]]:
+    """A schedule 'value:fraction,...' as [(fraction of the run at which it ends, value)], then `last` for the rest of it."""
+    wrong = ConfigError(f"{name}={text}: rising 'value:fraction' pairs below {last} and 1, like {example}")
+    value = r"\d+" if isinstance(last, int) else r"0?\.\d+"
+    if not re.fullmatch(rf"({value}:0?\.\d+(,{value}:0?\.\d+)*)?", text):
+        raise wrong
+    pairs = [pair.split(":") for pair in text.split(",") if pair]
+    rows = [(float(until), type(last)(value)) for value, until in pairs] + [(math.inf, last)]
+    if any(a[0] >= b[0] or not least <= a[1] < b[1] for a, b in zip(rows, rows[1:])):
+        raise wrong
+    return rows
+
+
+def stage_at(rows: list[tuple[float, float]], p: float) -> float:
+    """The value of such a schedule at progress p."""
+    return next(value for until, value in rows if p < until)
 
 
 @dataclass(frozen=True)
@@ -455,15 +476,12 @@ class Config(PackKnobs, OptimKnobs, ModelKnobs, DataKnobs, RunKnobs):
     @property
     def seq_limits(self) -> list[tuple[float, int]]:
         """[(fraction of the run at which it ends, longest segment)], the last TRAIN_SEQ_LEN; ConfigError if it says no such thing."""
-        wrong = ConfigError(f"TRAIN_SEQ_SCHEDULE={self.train_seq_schedule}: rising 'tokens:fraction' pairs below "
-                            f"TRAIN_SEQ_LEN={self.train_seq_len} and 1, like 1024:0.35")
-        if not re.fullmatch(r"(\d+:0?\.\d+(,\d+:0?\.\d+)*)?", self.train_seq_schedule):
-            raise wrong
-        pairs = [pair.split(":") for pair in self.train_seq_schedule.split(",") if pair]
-        rows = [(float(until), int(limit)) for limit, until in pairs] + [(math.inf, self.train_seq_len)]
-        if any(a[0] >= b[0] or not 2 <= a[1] < b[1] for a, b in zip(rows, rows[1:])):
-            raise wrong
-        return rows
+        return read_stages("TRAIN_SEQ_SCHEDULE", self.train_seq_schedule, 2, self.train_seq_len, "1024:0.35")
+
+    @property
+    def batch_shares(self) -> list[tuple[float, float]]:
+        """[(fraction of the run at which it ends, share of TRAIN_BATCH_TOKENS in a step)], the last 1; ConfigError likewise."""
+        return read_stages("TRAIN_BATCH_SCHEDULE", self.train_batch_schedule, 1e-6, 1.0, "0.5:0.35")
 
     @property
     def windows(self) -> dict[int, int]:
@@ -583,6 +601,8 @@ def validate(cfg: Config, world: int) -> None:
         (d.blocks_per_batch % world == 0, "TRAIN_BATCH_TOKENS",
          f"its {d.blocks_per_batch} blocks of PACK_TOKENS={d.pack_tokens} do not divide over {world} ranks"),
         (bool(d.seq_limits), "TRAIN_SEQ_SCHEDULE", "must not be empty"),
+        (all(n > 0.5 and abs(n - round(n)) < 1e-6 for n in (share * d.blocks_per_batch / world for _, share in d.batch_shares)),
+         "TRAIN_BATCH_SCHEDULE", f"shares of TRAIN_BATCH_TOKENS must be whole blocks of PACK_TOKENS={d.pack_tokens} on {world} ranks"),
         (d.pack_tokens <= d.micro_batch_tokens, "MICRO_BATCH_TOKENS", f"must hold one block of PACK_TOKENS={d.pack_tokens}"),
         (d.parallel_residual == "none" or d.parallel_start_layer < d.num_layers, "PARALLEL_START_LAYER",
          f"no layer runs side by side; PARALLEL_RESIDUAL=none says that, or take one below {d.num_layers}"),
@@ -1068,9 +1088,9 @@ def block_order(cfg: Config, counts: list[int], rng: np.random.Generator) -> np.
     return rng.permutation(sum(counts)) if cfg.loader == "shuffled" else np.arange(sum(counts))
 
 
-def micro_blocks(cfg: Config, world: int) -> int:
-    """Blocks in one forward pass: the most that memory allows and that divide a rank's share of the batch."""
-    share, most = cfg.blocks_per_batch // world, cfg.micro_batch_tokens // cfg.pack_tokens
+def micro_blocks(cfg: Config, share: int) -> int:
+    """Blocks in one forward pass: the most that memory allows and that divide a rank's `share` of a step."""
+    most = cfg.micro_batch_tokens // cfg.pack_tokens
     return max(m for m in range(1, min(share, most) + 1) if share % m == 0)
 
 
@@ -1085,20 +1105,15 @@ class TrainStream:
         self.tokens = sum(len(s) for s in self.shards)
         if self.ends[-1] < 1:
             raise SystemExit(f"{cfg.dataset} holds {self.tokens} training tokens, fewer than PACK_TOKENS={self.pack}")
-        self.micro, self.limits = micro_blocks(cfg, run.world), cfg.seq_limits
-        self.room = self.guess_room()
+        self.place, self.rooms = 0, {}  # rooms: blocks in a row -> segments that it has room for
         self.pool, self.ahead = ThreadPoolExecutor(1), {}  # the next step is cut while this one runs
         self.order: tuple[int, np.ndarray] = (-1, np.empty(0))
-
-    @property
-    def micro_steps(self) -> int:
-        return self.per_step // self.run.world // self.micro
 
     def calibration(self) -> list[Batch]:
         """GPTQ_CALIBRATION_BATCHES of this rank's rows, from steps behind the last that training can reach."""
         count = self.cfg.gptq_calibration_batches
-        steps = range(self.cfg.iterations, self.cfg.iterations + -(-count // self.micro_steps))
-        return [b for step in steps for b in self.make(step)][:count]
+        steps = range(self.cfg.iterations, self.cfg.iterations + count)  # one batch at least from each
+        return list(itertools.islice((b for step in steps for b in self.make(step)), count))
 
     def frequency(self, most: int = 5_000_000) -> Tensor:
         """Share of each token among the first `most` training tokens, with one more of each: [V] fp32."""
@@ -1106,14 +1121,14 @@ class TrainStream:
         counts = np.bincount(self.shards[0][:most], minlength=self.cfg.vocab_size) + 1.0
         return torch.from_numpy(counts / counts.sum()).float()
 
-    def guess_room(self) -> int:
-        """Segments that a row must have room for, from 64 blocks of data; 0 (exact) off the GPU, where shapes are free."""
+    def guess_room(self, blocks: int) -> int:
+        """Segments that a row of so many blocks must have room for, by 64 of them; 0 (exact) off the GPU, where shapes are free."""
         if not self.run.gpu:
             return 0
         picks = np.linspace(0, self.ends[-1] - 1, 64).astype(int)
-        shortest = self.limits[0][1]  # gives the most segments
+        shortest = self.cfg.seq_limits[0][1]  # gives the most segments
         counts = [len(cut_segments(self.block(i)[:-1], np.array([0]), shortest, True)) for i in picks]
-        expected = self.micro * np.mean(counts) + 6 * np.sqrt(self.micro) * np.std(counts)
+        expected = blocks * np.mean(counts) + 6 * np.sqrt(blocks) * np.std(counts)
         return 64 * math.ceil(expected / 64)
 
     def block(self, index: int) -> np.ndarray:
@@ -1134,15 +1149,18 @@ class TrainStream:
             self.order = epoch, block_order(self.cfg, self.counts, rng)
         return self.block(int(self.order[1][at]))
 
-    def make(self, step: int, limit: int = 0) -> list[Batch]:
-        """This rank's share of a step: ranks take consecutive blocks, so their union never depends on their number.
+    def make(self, step: int) -> list[Batch]:
+        """This rank's share of a step, were all of them whole."""
+        return self.cut(step * self.per_step, self.per_step, self.cfg.train_seq_len)
 
-        `limit`: longest segment; 0 is TRAIN_SEQ_LEN.
+    def cut(self, place: int, size: int, limit: int) -> list[Batch]:
+        """This rank's share of `size` blocks from a place of the endless sequence, in segments of at most `limit` tokens.
+
+        Ranks take consecutive blocks, so their union never depends on their number.
         """
-        share = self.per_step // self.run.world
-        first = step * self.per_step + self.run.rank * share
-        return [self.row([self.block_at(first + j) for j in range(i, i + self.micro)], limit or self.cfg.train_seq_len)
-                for i in range(0, share, self.micro)]
+        share = size // self.run.world
+        first, micro = place + self.run.rank * share, micro_blocks(self.cfg, share)
+        return [self.row([self.block_at(first + j) for j in range(i, i + micro)], limit) for i in range(0, share, micro)]
 
     def row(self, blocks: list[np.ndarray], limit: int) -> Batch:
         """Blocks side by side as one flat row."""
@@ -1150,18 +1168,21 @@ class TrainStream:
         targets = np.concatenate([b[1:] for b in blocks])
         forced = np.arange(len(blocks)) * self.pack  # neighbours in a row are strangers
         cu = cut_segments(ids, forced, limit, self.cfg.doc_isolation)
-        if self.room and len(cu) - 1 > self.room:  # rare; a new shape means one more compilation, so say it
-            self.room = 2 * self.room
-            self.run.warn(f"a row with {len(cu) - 1} segments: room doubled to {self.room}, one recompilation")
+        room = self.rooms[len(blocks)] = self.rooms.get(len(blocks)) or self.guess_room(len(blocks))
+        if room and len(cu) - 1 > room:  # rare; a new shape means one more compilation, so say it
+            room = self.rooms[len(blocks)] = 2 * room
+            self.run.warn(f"a row with {len(cu) - 1} segments: room doubled to {room}, one recompilation")
         # the longest is told as ever: another number would be another compiled graph
-        return make_batch(ids, targets, cu, self.cfg.train_seq_len, self.run, self.room)
+        return make_batch(ids, targets, cu, self.cfg.train_seq_len, self.run, room)
 
-    def get(self, step: int, p: float = 1.0) -> list[Batch]:
-        """The batches of a step at progress p; the next step's are made meanwhile on a thread."""
-        limit = next(limit for until, limit in self.limits if p < until)
-        now, ahead = (step, limit), (step + 1, limit)  # a limit that has just changed finds nothing made for it
-        batches = self.ahead.pop(now).result() if now in self.ahead else self.make(step, limit)
-        self.ahead = {ahead: self.pool.submit(self.make, *ahead)}
+    def get(self, p: float) -> list[Batch]:
+        """The next step's batches, at progress p; those of the one after it are made meanwhile on a thread."""
+        size, limit = round(self.per_step * stage_at(self.cfg.batch_shares, p)), stage_at(self.cfg.seq_limits, p)
+        now, self.place = (self.place, size, limit), self.place + size
+        # a stage that has just begun finds nothing made for it
+        batches = self.ahead.pop(now).result() if now in self.ahead else self.cut(*now)
+        ahead = self.place, size, limit
+        self.ahead = {ahead: self.pool.submit(self.cut, *ahead)}
         return batches
 
 
@@ -1722,7 +1743,7 @@ class Past(NamedTuple):
 
 
 class VisitAdapters(NamedTuple):
-    """Low-rank corrections of one visit, one set a document slot: (A [S, r, in], B [S, out, r], scale) or None."""
+    """Low-rank corrections of one visit, one set a document slot: (A [S, in, r], B [S, r, out], scale) or None."""
     q: tuple | None = None
     k: tuple | None = None
     v: tuple | None = None
@@ -1744,12 +1765,13 @@ class HeadAdapters(NamedTuple):
 
 
 def corrected(y: Tensor, x: Tensor, pair: tuple[Tensor, Tensor, float] | None) -> Tensor:
-    """y + scale B A x, each document slot with its own A and B. y [S C, out], x [S C, in]"""
+    """y + scale x A B, each document slot with its own A and B. y [S C, out], x [S C, in]"""
     if pair is None:
         return y
     a, b = (m.to(x.dtype) for m in pair[:2])
-    narrow = pair[2] * (x.unflatten(0, (a.shape[0], -1)) @ a.mT)  # [S, C, rank]
-    return y + (narrow @ b.mT).flatten(0, 1)
+    # as rows times matrices, so that gradients come as they lie: transposing them took a seventh of a step
+    narrow = pair[2] * (x.unflatten(0, (a.shape[0], -1)) @ a)  # [S, C, rank]
+    return y + (narrow @ b).flatten(0, 1)
 
 
 class Linear(nn.Module):
@@ -2327,18 +2349,20 @@ class Schedules:
         # name -> whether this configuration expects it to happen
         self.expected = {"warmdown": cfg.warmdown_frac > 0 and cfg.min_lr < 1, "looping": cfg.num_loops > 0,
                          "momentum_warmup": cfg.muon_momentum_warmup_frac > 0, "swa": cfg.average == "swa",
-                         "seq_schedule": bool(cfg.train_seq_schedule)}
+                         "seq_schedule": bool(cfg.train_seq_schedule), "batch_schedule": bool(cfg.train_batch_schedule)}
         self.fired: dict[str, float] = {}
 
     def at(self, p: float) -> Values:
         """The values at progress p, noting what fires."""
         c = self.cfg
-        v = Values(lr_multiplier(p, c.warmdown_frac, c.min_lr),
+        lr = lr_multiplier(p, c.warmdown_frac, c.min_lr)
+        v = Values(lr * math.sqrt(stage_at(c.batch_shares, p)),  # noise of a mean over fewer tokens, kept as it was
                    momentum_at(p, c.muon_momentum_warmup_start, c.muon_momentum, c.muon_momentum_warmup_frac),
                    c.num_loops > 0 and p >= c.enable_looping_at)
-        for name, on in (("warmdown", v.lr < 1), ("looping", v.looping), ("swa", p >= c.swa_start_frac),
+        for name, on in (("warmdown", lr < 1), ("looping", v.looping), ("swa", p >= c.swa_start_frac),
                          ("momentum_warmup", v.momentum != c.muon_momentum_warmup_start),
-                         ("seq_schedule", c.train_seq_schedule and p >= c.seq_limits[-2][0])):
+                         ("seq_schedule", c.train_seq_schedule and p >= c.seq_limits[-2][0]),
+                         ("batch_schedule", c.train_batch_schedule and p >= c.batch_shares[-2][0])):
             if on:
                 self.fired.setdefault(name, p)
         return v
@@ -3936,14 +3960,13 @@ class Slots:
         self.values = [torch.zeros_like(k) for k in self.keys]
         self.renew = model.renew
 
-    def begin(self, fresh: Tensor) -> None:
-        """Slots (bool [n]) that take up a new document: adapters back to their start, optimiser empty. (So is the ring: a
+    def begin(self, which: Tensor) -> None:
+        """Slots, by number, that take up a new document: adapters back to their start, optimiser empty. (So is the ring: a
         document's positions begin at 0, and cells at or beyond the position are not read.)"""
-        n = len(fresh)
-        self.theta[:n] = torch.where(fresh[:, None] & ~self.kept, self.start, self.theta[:n])
+        self.theta[which] = torch.where(self.kept, self.theta[which], self.start)
         for state in (self.first, self.second, self.steps):
             if state is not None:
-                state[:n].masked_fill_(fresh[:, None], 0.0)
+                state[which] = 0.0
 
     def memory(self, theta: Tensor, begin: Tensor, lead: int) -> Memory:
         """The model's view of the first n slots: adapters cut out of theta [n, P], and the past before begin [n]."""
@@ -3951,7 +3974,7 @@ class Slots:
         *pairs, extra = theta.split(self.sizes, 1)
         made: dict[int, dict] = {}
         for (visit, field_, into, out), a, b in zip(self.sites, pairs[::2], pairs[1::2]):
-            made.setdefault(visit, {})[field_] = (a.unflatten(1, (-1, into)), b.unflatten(1, (out, -1)), scale)
+            made.setdefault(visit, {})[field_] = (a.unflatten(1, (into, -1)), b.unflatten(1, (-1, out)), scale)
         split = self.cfg.vocab_size * self.cfg.ttt_logit_bias
         head = HeadAdapters(**made.pop(-1, {}), bias=extra[:, :split].float() if split else None,
                             caps=self.cfg.logit_softcap + self.CAP_SCALE * extra[:, split:split + 2].float()
@@ -3991,8 +4014,8 @@ class DocumentScorer:
         self.tokens = torch.cat((self.scorer.tokens, self.scorer.tokens[:1]))
         self.hints = F.pad(self.scorer.hints.token, (0, 1), value=-1) if self.scorer.hints is not None else None
         self.nll = torch.zeros(val.targets + 1, device=run.device)  # the last cell takes what padding would write
-        # casting every matrix at every visit was some 5 % of a small step's GPU time (profile on an H200)
-        self.copies = [torch.empty_like(p, dtype=run.dtype if p.numel() > 2 ** 16 else p.dtype) for p in model.parameters()]
+        # casting at every visit was some 5 % of a small step (profile on an H200)
+        self.copies = [torch.empty_like(p, dtype=run.dtype) for p in model.parameters()]
         self.lead = 3  # a smear looks back one token, and that one's triple hash two more
         self.done, self.units, self.pool = 0, {}, torch.cuda.graph_pool_handle() if run.gpu else None
 
@@ -4028,6 +4051,9 @@ class DocumentScorer:
         if (n, chunk) not in self.units:  # a recorded step is good for one shape
             inputs = torch.zeros(4, n, dtype=torch.int64, device=self.run.device)
             self.units[n, chunk] = inputs, Replay(functools.partial(self.advance, inputs, chunk), self.run.gpu, self.pool)
+        fresh = np.flatnonzero((step.begin == step.doc) & (step.end > step.begin))
+        if len(fresh):  # not in what is recorded: few rows of many
+            self.slots.begin(*self.run.place([torch.from_numpy(fresh)]))
         inputs, unit = self.units[n, chunk]
         inputs.copy_(*self.run.place([torch.from_numpy(np.stack([x[:n] for x in step]))]))
         logits, target, nats = unit()
@@ -4044,7 +4070,6 @@ class DocumentScorer:
         index = begin + torch.arange(-self.lead - back, chunk, device=self.run.device)
         pos, ids = (index - doc).clamp_min(0), self.tokens[index.clamp(0, self.val.targets)]
         ids = torch.where((index >= doc) & (index < end), ids, BOS)
-        self.slots.begin((begin == doc).squeeze(1))
         inner = index[:, self.lead:]
         real = (inner >= begin) & (inner < end)
         # half the bytes to read, and gradients in the same precision; the masters stay fp32
@@ -4237,43 +4262,42 @@ class Watch:
         self.cfg, self.run, self.optimizers = cfg, run, optimizers
         self.pending: deque = deque()  # steps whose numbers are on their way
         self.seconds: deque = deque(maxlen=8)  # clock at the last reads, for the pace
-        self.phases: dict[bool, list[float]] = {}  # looping -> [steps, seconds]
+        self.phases: dict[bool, list[float]] = {}  # looping -> [steps, seconds, tokens]
         self.ceiling = 2 * math.log(cfg.vocab_size)  # twice the uniform guess is no language model
 
-    def put(self, step: int, loss: Tensor, norm: Tensor, looping: bool) -> None:
+    def put(self, step: int, loss: Tensor, norm: Tensor, looping: bool, tokens: int) -> None:
         """Queue a step's numbers for the host."""
         numbers = torch.stack([self.run.sum_(loss.clone()) / self.run.world, norm])
-        self.pending.append((step, *self.run.fetch(numbers), looping))
+        self.pending.append((step, *self.run.fetch(numbers), looping, tokens))
 
     def drain(self, keep: int) -> None:
         """Read all but the last `keep` queued steps, waiting for them if need be."""
         while len(self.pending) > keep:
-            step, host, wait, looping = self.pending.popleft()
+            step, host, wait, looping, tokens = self.pending.popleft()
             wait()
-            self.read(step, *host.tolist(), looping)
+            self.read(step, *host.tolist(), looping, tokens)
 
-    def read(self, step: int, loss: float, norm: float, looping: bool) -> None:
+    def read(self, step: int, loss: float, norm: float, looping: bool, tokens: int) -> None:
         """Book one step's numbers; Diverged if they are not finite, or worse than twice the uniform guess."""
         now = self.run.clock.read("train")
         last = self.seconds[-1] if self.seconds else 0.0
         self.seconds.append(now)
-        steps, spent = self.phases.setdefault(looping, [0, 0.0])
-        self.phases[looping] = [steps + 1, spent + now - last]
+        steps, spent, seen = self.phases.setdefault(looping, [0, 0.0, 0])
+        self.phases[looping] = [steps + 1, spent + now - last, seen + tokens]
         if not (math.isfinite(loss) and math.isfinite(norm)) or loss > self.ceiling:
             raise Diverged(f"step {step + 1}: loss {loss:.4g} (ceiling {self.ceiling:.2f}), gradient norm {norm:.4g}; groups "
                            + " ".join(f"{k} {v:.4g};" for k, v in self.optimizers.group_norms().items()))
         done = step + 1
         if done <= 10 or done % self.cfg.train_log_every == 0:
-            self.log(done, loss, norm, now)
+            self.log(done, loss, norm, now, tokens)
 
-    def log(self, done: int, loss: float, norm: float, now: float) -> None:
+    def log(self, done: int, loss: float, norm: float, now: float, tokens: int) -> None:
         """The baseline's line, then tokens a second over the last reads and the time left."""
         pace = self.pace() or now / done
         left = min((self.cfg.iterations - done) * pace,
                    max(self.cfg.max_wallclock_seconds - now, 0) if self.cfg.timed else math.inf)
-        rate = self.cfg.train_batch_tokens / pace
         self.run.log(f"step:{done}/{self.cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * now:.0f}ms "
-                     f"step_avg:{1000 * now / done:.2f}ms tok/s:{rate:.0f} left:{left:.0f}s")
+                     f"step_avg:{1000 * now / done:.2f}ms tok/s:{tokens / pace:.0f} left:{left:.0f}s")
         self.run.event("train", step=done, loss=loss, norm=norm, seconds=now)
 
     def pace(self) -> float:
@@ -4329,14 +4353,24 @@ def train_step(model: GPT, optimizers: Optimizers, batches: list[Batch], v: Valu
     return total, optimizers.step(v)
 
 
+def graphs(cfg: Config, world: int) -> list[tuple[float, bool]]:
+    """(share of a whole batch, recurrence or not) for every compiled graph of a run: one a plan and a shape of rows."""
+    begins = [0.0, cfg.enable_looping_at, *(until for until, _ in cfg.batch_shares[:-1])]
+    found = {}
+    for p in sorted(begins):
+        share, looping = stage_at(cfg.batch_shares, p), cfg.num_loops > 0 and p >= cfg.enable_looping_at
+        found.setdefault((micro_blocks(cfg, round(cfg.blocks_per_batch * share) // world), looping), (share, looping))
+    return list(found.values())
+
+
 def warm_up(model: GPT, optimizers: Optimizers, stream: TrainStream, cfg: Config, run: Run) -> float:
-    """Run real steps on both graphs so that everything is compiled, then put parameters and optimisers back.
+    """Run real steps on all graphs so that everything is compiled, then put parameters and optimisers back.
 
     Also times one calibration batch; returns the seconds to keep for the Hessians at the end.
     """
     saved = [p.detach().clone() for p in model.parameters()]
-    batches = stream.make(0)  # training data, and the same for both graphs
-    for looping in sorted({False, cfg.num_loops > 0}):
+    for share, looping in graphs(cfg, run.world):
+        batches = stream.cut(0, round(stream.per_step * share), cfg.train_seq_len)  # training data, and the same for all graphs
         for i in range(cfg.warmup_steps):
             train_step(model, optimizers, batches, Values(1.0, cfg.muon_momentum, looping))
             run.log(f"warmup_step:{i + 1}/{cfg.warmup_steps} looping:{looping} at:{run.clock.read():.1f}s")
@@ -4348,7 +4382,7 @@ def warm_up(model: GPT, optimizers: Optimizers, stream: TrainStream, cfg: Config
     with run.clock.span("reserve probe"):
         for _ in range(2):  # the first also chooses kernels and takes memory
             start = run.clock.read()
-            calibrate(model, cfg, batches[:1], stream, run)
+            calibrate(model, cfg, stream.make(0)[:1], stream, run)
             run.clock.switch("reserve probe")
         one = run.clock.read() - start
     return run.agree(0.5 + 1.2 * one * cfg.gptq_calibration_batches)
@@ -4390,9 +4424,10 @@ def train(model: GPT, cfg: Config, run: Run, stream: TrainStream, val: Validatio
         v = schedules.at(p)
         if v.looping and not model.looping and cfg.num_loops:
             run.log(f"layer_loop:enabled step:{step} frac:{p:.3f} visits:{[x.layer for x in model.plans[1]]}")
-        loss, norm = train_step(model, optimizers, stream.get(step, p), v)
+        batches = stream.get(p)
+        loss, norm = train_step(model, optimizers, batches, v)
         average.update(p, p - last_p)  # in progress, not in steps
-        watch.put(step, loss, norm, v.looping)
+        watch.put(step, loss, norm, v.looping, run.world * sum(b.ids.numel() for b in batches))
         step, last_p = step + 1, p
         if cfg.checkpoint_seconds and checkpoints.held is None and now - checkpoints.last > cfg.checkpoint_seconds:
             checkpoints.save(step, now)
@@ -4408,10 +4443,9 @@ def report_training(cfg: Config, run: Run, watch: Watch, schedules: Schedules, s
     seconds = run.clock.read("train")
     if step < cfg.iterations:
         run.log(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{cfg.iterations}")
-    for looping, (steps, spent) in watch.phases.items():
-        run.log(f"phase {'with' if looping else 'without'} recurrence: {steps} steps {spent:.2f}s "
-                f"tok/s:{steps * cfg.train_batch_tokens / max(spent, 1e-9):.0f}")
-        run.event("phase", looping=looping, steps=steps, seconds=spent)
+    for looping, (steps, spent, tokens) in watch.phases.items():
+        run.log(f"phase {'with' if looping else 'without'} recurrence: {steps} steps {spent:.2f}s tok/s:{tokens / max(spent, 1e-9):.0f}")
+        run.event("phase", looping=looping, steps=steps, seconds=spent, tokens=tokens)
     if run.gpu:
         run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() >> 20} MiB "
                 f"reserved: {torch.cuda.max_memory_reserved() >> 20} MiB")
@@ -4517,7 +4551,7 @@ def describe_plan(model: GPT, cfg: Config, run: Run) -> None:
     for line in describe_table(model, cfg):
         run.log(line)
     run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
-    micro = micro_blocks(cfg, run.world) * cfg.pack_tokens
+    micro = micro_blocks(cfg, cfg.blocks_per_batch // run.world) * cfg.pack_tokens
     run.log(f"train_batch_tokens:{cfg.train_batch_tokens} = {run.world} ranks x "
             f"{cfg.train_batch_tokens // run.world // micro} micro-batches x {micro} train_seq_len:{cfg.train_seq_len} "
             f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}")

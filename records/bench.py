@@ -38,9 +38,11 @@ def doctor(tg, model, cfg, run, stream) -> dict:
                 f"tok/s:{cfg.train_batch_tokens / rates[looping]:.0f} {work / 1e12:.2f} TFLOP "
                 f"{work / rates[looping] / run.world / 1e12:.1f} TFLOP/s a device")
     # progress follows the clock, so each phase gets its share of the seconds, not of the steps
-    budget, share = cfg.max_wallclock_seconds or 600.0, cfg.enable_looping_at if cfg.num_loops else 1.0
-    steps = budget * (share / rates[False] + (1 - share) / rates[max(rates)])
-    run.log(f"predicted: {steps:.0f} steps in {budget:.0f}s of training, {steps * cfg.train_batch_tokens / 1e6:.1f}M tokens")
+    budget, loops = cfg.max_wallclock_seconds or 600.0, cfg.enable_looping_at if cfg.num_loops else 1.0
+    moments = [(i + 0.5) / 1000 for i in range(1000)]
+    whole = [budget / 1000 / rates[p >= loops] for p in moments]  # steps that each thousandth of the budget would hold
+    steps = sum(n / tg.stage_at(cfg.batch_shares, p) for n, p in zip(whole, moments))
+    run.log(f"predicted: {steps:.0f} steps in {budget:.0f}s of training, {sum(whole) * cfg.train_batch_tokens / 1e6:.1f}M tokens")
     run.event("doctor", steps=steps, budget=budget, seconds={str(k): t for k, t in rates.items()})
     return rates
 

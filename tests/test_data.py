@@ -178,7 +178,7 @@ def test_every_block_is_whole_and_within_its_shard(numbered, tmp_path):
 def test_step_is_the_same_for_any_number_of_ranks(numbered, tmp_path, world, micro_tokens):
     """The union over ranks, and its order, over steps that cross the end of an epoch; however memory cuts it up."""
     one = open_stream(numbered, tmp_path)
-    ranks = [open_stream(numbered, tmp_path, r, world, MICRO_BATCH_TOKENS=micro_tokens) for r in range(world)]
+    ranks = [open_stream(numbered, tmp_path, r, world, MICRO_BATCH_TOKENS=micro_tokens, TRAIN_BATCH_SCHEDULE="") for r in range(world)]
     for step in range(2 * BLOCKS // one.per_step + 2):
         together = [t for s in ranks for t in flat(s.make(step))]
         assert together == flat(one.make(step))
@@ -216,12 +216,13 @@ def equal(a, b) -> bool:
                                     for p, q in zip(a, b) for x, y in zip(p, q))
 
 
-def test_batches_are_a_function_of_seed_and_step(numbered, tmp_path):
-    """Not of what was asked before, so a run needs no state of the stream to go on."""
-    forward, jumping = open_stream(numbered, tmp_path), open_stream(numbered, tmp_path)
-    expected = [forward.get(s) for s in range(9)]
-    for step in (8, 0, 5, 6, 2, 2, 7):
-        assert equal(jumping.get(step), expected[step]) and equal(jumping.make(step), expected[step])
+def test_batches_follow_one_another_whatever_else_is_asked(numbered, tmp_path):
+    """Step by step they are the whole steps' own, and what the warm-up or calibration cut meanwhile changes nothing."""
+    plain, disturbed = open_stream(numbered, tmp_path), open_stream(numbered, tmp_path)
+    for step in range(9):
+        expected = plain.make(step)
+        disturbed.make(8 - step), disturbed.calibration()
+        assert equal(plain.get(1.0), expected) and equal(disturbed.get(1.0), expected)
 
 
 def test_targets_are_the_inputs_shifted_by_one(numbered, tmp_path):
@@ -243,15 +244,30 @@ def test_segments_of_a_row_begin_at_blocks_and_documents(numbered, tmp_path):
 
 def test_shorter_segments_come_first(numbered, tmp_path):
     """TRAIN_SEQ_SCHEDULE changes where rows are cut and nothing else, whatever was made ahead."""
-    stream, plain = (open_stream(numbered, tmp_path, **knobs) for knobs in ({"TRAIN_SEQ_SCHEDULE": "5:.25,9:.5"}, {}))
+    stream, plain = (open_stream(numbered, tmp_path, TRAIN_BATCH_SCHEDULE="", TRAIN_SEQ_SCHEDULE=text) for text in ("5:.25,9:.5", ""))
     full = stream.cfg.train_seq_len
     for step, (p, limit) in enumerate([(0.0, 5), (0.2, 5), (0.25, 9), (0.4, 9), (0.5, full), (0.9, full), (1.0, full)]):
-        cut, whole = stream.get(step, p), plain.get(step, p)
+        cut, whole = stream.get(p), plain.get(p)
         assert max(int(b.cu.diff().max()) for b in cut) == limit
         assert all(torch.equal(a.ids, b.ids) and torch.equal(a.targets, b.targets) and a.longest == full for a, b in zip(cut, whole))
         assert all(set(b.cu.tolist()) <= set(a.cu.tolist()) or limit < full for a, b in zip(cut, whole))
-        assert equal(cut, stream.make(step, limit))
+        assert equal(cut, stream.cut(step * stream.per_step, stream.per_step, limit))
     assert equal(stream.make(0), plain.make(0)), "calibration sees what training ends with"
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_smaller_steps_come_first_and_nothing_is_read_twice(numbered, tmp_path, world):
+    """TRAIN_BATCH_SCHEDULE changes how many blocks a step takes, not their order, whatever was made ahead or on how many ranks."""
+    knobs = dict(TRAIN_BATCH_SCHEDULE="0.25:.3,0.5:.6", TRAIN_BATCH_TOKENS=512, MICRO_BATCH_TOKENS=128)
+    ranks = [open_stream(numbered, tmp_path, rank, world, **knobs) for rank in range(world)]
+    seen, place = [], 0
+    for p, blocks in [(0.0, 2), (0.2, 2), (0.3, 4), (0.5, 4), (0.6, 8), (1.0, 8)]:
+        steps = [s.get(p) for s in ranks]
+        seen, place = seen + [t for batches in steps for t in flat(batches)], place + blocks
+        assert len(seen) == place * ranks[0].pack
+        assert {b.ids.numel() for batches in steps for b in batches} == {ranks[0].pack * min(2, blocks // world)}, "as many as fit"
+    one = open_stream(numbered, tmp_path)
+    assert seen == flat(one.cut(0, place, one.cfg.train_seq_len))
 
 
 def test_too_little_data_is_named(tmp_path):
@@ -260,10 +276,9 @@ def test_too_little_data_is_named(tmp_path):
         open_stream(tmp_path, tmp_path)
 
 
-@given(per_step=st.integers(1, 40), world=st.integers(1, 8), memory=st.integers(1, 50))
-def test_micro_blocks_is_the_most_that_fits_and_divides(per_step, world, memory):
-    cfg = dataclasses.replace(tiny(), pack_tokens=64, train_batch_tokens=64 * per_step * world, micro_batch_tokens=64 * memory)
-    micro = tg.micro_blocks(cfg, world)
+@given(per_step=st.integers(1, 40), memory=st.integers(1, 50))
+def test_micro_blocks_is_the_most_that_fits_and_divides(per_step, memory):
+    micro = tg.micro_blocks(dataclasses.replace(tiny(), pack_tokens=64, micro_batch_tokens=64 * memory), per_step)
     assert per_step % micro == 0 and micro <= memory
     assert not any(per_step % m == 0 for m in range(micro + 1, min(memory, per_step) + 1))
 

@@ -305,14 +305,16 @@ def test_momentum(p, warmup, expected):
 def test_schedules_are_pure_and_tell_what_fired():
     schedules = tg.Schedules(small(enable_looping_at=0.35, warmdown_frac=0.85))
     at = {p: schedules.at(p) for p in (0.5, 1.0, 0.0, 0.35, 0.3499)}
-    assert at[0.0] == tg.Values(1.0, 0.92, False) and at[1.0] == tg.Values(pytest.approx(0.1), 0.97, True)
+    # the first steps are half as long, so their rate is a root of a half
+    assert at[0.0] == tg.Values(pytest.approx(math.sqrt(0.5)), 0.92, False) and at[1.0] == tg.Values(pytest.approx(0.1), 0.97, True)
     assert at[0.5].looping and at[0.35].looping and not at[0.3499].looping
     again = tg.Schedules(small())
     assert {p: again.at(p) for p in sorted(at)} == at, "a value depends on progress alone, not on what was asked before"
 
 
 @pytest.mark.parametrize("knobs, last, silent", [
-    (dict(), 1.0, []), (dict(), 0.34, ["looping"]), (dict(), 0.1, ["warmdown", "looping"]), (dict(num_loops=0), 0.34, []),
+    (dict(), 1.0, []), (dict(), 0.34, ["looping", "batch_schedule"]), (dict(), 0.1, ["warmdown", "looping", "batch_schedule"]),
+    (dict(num_loops=0, train_batch_schedule=""), 0.34, []), (dict(train_seq_schedule="16:.9"), 0.8, ["seq_schedule"]),
     (dict(average="swa"), 0.79, ["swa"]), (dict(average="swa"), 0.8, []), (dict(min_lr=1.0), 1.0, []),
     (dict(warmdown_frac=0), 1.0, []), (dict(muon_momentum_warmup_frac=0), 1.0, [])], ids=str)
 def test_a_schedule_that_never_fired_is_named(knobs, last, silent):
@@ -328,7 +330,7 @@ def test_a_schedule_reports_when_it_first_fired():
     schedules = tg.Schedules(small())
     for p in (0.0, 0.2, 0.4, 0.9):
         schedules.at(p)
-    assert schedules.fired == {"momentum_warmup": 0.2, "warmdown": 0.2, "looping": 0.4, "swa": 0.9}
+    assert schedules.fired == {"momentum_warmup": 0.2, "warmdown": 0.2, "looping": 0.4, "swa": 0.9, "batch_schedule": 0.9}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -388,13 +390,17 @@ def test_a_shadow_is_a_copy():
 # Warm-up and reset
 # ----------------------------------------------------------------------------------------------------------------------
 class Rows:
-    """A training stream of random rows, a pure function of the step as the real one."""
+    """A training stream of random rows, a pure function of the place as the real one."""
+    per_step = 2
 
     def __init__(self, run):
         self.run = run
 
     def make(self, step):
-        return [make_row(self.run, 10 * step + i) for i in range(2)]
+        return self.cut(step * self.per_step, self.per_step, 64)
+
+    def cut(self, place, size, limit):
+        return [make_row(self.run, place + i) for i in range(size)]
 
     def frequency(self):
         return torch.full((64,), 1 / 64)
@@ -431,6 +437,19 @@ def test_the_reset_is_what_does_it(owner, reset, run, monkeypatch):
     cold, _ = losses(run, False, quantizer="rtn")
     monkeypatch.setattr(owner, "reset", reset)
     assert losses(run, True, quantizer="rtn", warmup_steps=3)[0] != cold
+
+
+@pytest.mark.parametrize("knobs, world, found", [
+    # one GPU makes two passes of a whole batch and one of a half, alike; of eight each makes one pass, half as long
+    (dict(train_batch_tokens=262144), 1, [(0.5, False), (0.5, True)]), ({}, 8, [(0.5, False), (0.5, True), (1.0, True)]),
+    (dict(num_loops=0), 8, [(0.5, False), (1.0, False)]), (dict(train_batch_schedule=""), 8, [(1.0, False), (1.0, True)]),
+    (dict(train_batch_schedule="0.5:.2", enable_looping_at=0.3), 8, [(0.5, False), (1.0, False), (1.0, True)])], ids=str)
+def test_every_graph_of_a_run_is_compiled_before_it_starts(knobs, world, found):
+    cfg = tg.load_config({"PRESET": "record", **{k.upper(): str(v) for k, v in knobs.items()}}, True)
+    assert tg.graphs(cfg, world) == found
+    shapes = {(tg.micro_blocks(cfg, round(cfg.blocks_per_batch * tg.stage_at(cfg.batch_shares, p)) // world),
+               cfg.num_loops > 0 and p >= cfg.enable_looping_at) for p in np.linspace(0, 0.999, 200)}
+    assert {(tg.micro_blocks(cfg, round(cfg.blocks_per_batch * share) // world), looping) for share, looping in found} == shapes
 
 
 def test_training_learns(run):

@@ -66,7 +66,8 @@ def test_slots_side_by_side_equal_slots_alone(env, tmp_path):
     model, cfg, run = build(tmp_path, **env)
     together = tg.score_documents(model, Documents(), cfg, run, 0.0)
     alone = [step_by_step(model, cfg, run, Documents(), s) for s in range(cfg.ttt_slots)]
-    assert float(sum(alone).double().mean()) == pytest.approx(together.val_loss, abs=1e-5)
+    # not to the last digit: AdamW without a first moment turns the rounding of a gradient that is zero into a whole step
+    assert float(sum(alone).double().mean()) == pytest.approx(together.val_loss, abs=2e-4)
 
 
 def step_by_step(model, cfg, run, docs, slot):
