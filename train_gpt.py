@@ -151,7 +151,7 @@ class DataKnobs:
     train_seq_schedule: str = knob("", "shorter segments first, as tokens:fraction of the run at which they end, ...: "
                                    "1024:0.35; empty: TRAIN_SEQ_LEN always")
     train_batch_schedule: str = knob("0.5:0.7", "smaller steps first, as share of TRAIN_BATCH_TOKENS:fraction of the run at which they "
-                                     "end, ...; the lr goes with the share's root; empty: whole batches always")
+                                     "end, ..., rounded up to whole blocks; the lr goes with the share's root; empty: none smaller")
     loader: str = knob("shuffled", "order of blocks: permuted anew each epoch, as they lie, or strides coprime to each shard's "
                        "length over several shards at once (PR #1880)", ("shuffled", "sequential", "coprime"))
     doc_isolation: bool = knob(True, "documents do not see each other in attention, positions and smearing")
@@ -173,8 +173,6 @@ class ModelKnobs:
     rope_dims: int = knob(16, "channels of a head that rotate; 0: all", low=0)
     ln_scale: bool = knob(True, "norm outputs times 1/sqrt(layer+1): deeper layers speak more softly")
     xsa_last_n: int = knob(11, "last layers whose attention output loses its component along the token's own value", low=0)
-    attn_window: str = knob("", "layers that see only so many tokens, themselves included, as tokens:layer,...: 512:1,3,5; empty: "
-                            "none")
     value_residual: str = knob("none", "mix the first layer's values into every later layer's", ("none", "mix", "sigmoid"))
     attn_gate: str = knob("sparse", "gate on each head's output: a row of GATES in room 7",
                           ("none", "scalar", "dense", "out", "sparse"))
@@ -484,14 +482,6 @@ class Config(PackKnobs, OptimKnobs, ModelKnobs, DataKnobs, RunKnobs):
         return read_stages("TRAIN_BATCH_SCHEDULE", self.train_batch_schedule, 1e-6, 1.0, "0.5:0.35")
 
     @property
-    def windows(self) -> dict[int, int]:
-        """ATTN_WINDOW as layer -> tokens; ConfigError if it says no such thing."""
-        if not re.fullmatch(r"(\d+:\d+(,\d+)*)?", self.attn_window):
-            raise ConfigError(f"ATTN_WINDOW={self.attn_window}: tokens and layers like 512:1,3,5")
-        size, _, layers = self.attn_window.partition(":")
-        return {int(layer): int(size) for layer in layers.split(",") if layer}
-
-    @property
     def value_layers(self) -> set[int]:
         """VE_LAYERS as a set; ConfigError if it is no list of numbers."""
         if not re.fullmatch(r"(\d+(,\d+)*)?", self.ve_layers):
@@ -601,8 +591,7 @@ def validate(cfg: Config, world: int) -> None:
         (d.blocks_per_batch % world == 0, "TRAIN_BATCH_TOKENS",
          f"its {d.blocks_per_batch} blocks of PACK_TOKENS={d.pack_tokens} do not divide over {world} ranks"),
         (bool(d.seq_limits), "TRAIN_SEQ_SCHEDULE", "must not be empty"),
-        (all(n > 0.5 and abs(n - round(n)) < 1e-6 for n in (share * d.blocks_per_batch / world for _, share in d.batch_shares)),
-         "TRAIN_BATCH_SCHEDULE", f"shares of TRAIN_BATCH_TOKENS must be whole blocks of PACK_TOKENS={d.pack_tokens} on {world} ranks"),
+        (bool(d.batch_shares), "TRAIN_BATCH_SCHEDULE", "must not be empty"),
         (d.pack_tokens <= d.micro_batch_tokens, "MICRO_BATCH_TOKENS", f"must hold one block of PACK_TOKENS={d.pack_tokens}"),
         (d.parallel_residual == "none" or d.parallel_start_layer < d.num_layers, "PARALLEL_START_LAYER",
          f"no layer runs side by side; PARALLEL_RESIDUAL=none says that, or take one below {d.num_layers}"),
@@ -616,9 +605,6 @@ def validate(cfg: Config, world: int) -> None:
         (d.bigram_vocab_size != 1, "BIGRAM_VOCAB_SIZE", "at least 2: one row is for tokens without a predecessor"),
         (d.trigram_vocab_size != 1, "TRIGRAM_VOCAB_SIZE", "at least 2: one row is for tokens without predecessors"),
         (d.value_layers <= set(range(d.num_layers)), "VE_LAYERS", f"layers below NUM_LAYERS={d.num_layers}"),
-        (d.windows.keys() <= set(range(d.num_layers)), "ATTN_WINDOW", f"layers below NUM_LAYERS={d.num_layers}"),
-        (not d.windows or min(d.windows.values()) >= max(c for _, c in d.ttt_chunks), "ATTN_WINDOW",
-         f"at least the largest chunk of TTT_CHUNK_SIZE={d.ttt_chunk_size}"),
         (not d.x0_residual or d.parallel_residual != "two", "X0_RESIDUAL", "two lanes have no single end of a block"),
         (d.gate_window <= d.model_dim, "GATE_WINDOW", f"at most MODEL_DIM={d.model_dim}"),
         (not d.deterministic or d.iterations < 20000 or d.mode != "train", "ITERATIONS",
@@ -1088,10 +1074,15 @@ def block_order(cfg: Config, counts: list[int], rng: np.random.Generator) -> np.
     return rng.permutation(sum(counts)) if cfg.loader == "shuffled" else np.arange(sum(counts))
 
 
-def micro_blocks(cfg: Config, share: int) -> int:
-    """Blocks in one forward pass: the most that memory allows and that divide a rank's `share` of a step."""
+def rank_blocks(cfg: Config, share: float, world: int) -> int:
+    """A rank's blocks in a step of `share` of TRAIN_BATCH_TOKENS: whole ones, one at least."""
+    return math.ceil(share * cfg.blocks_per_batch / world - 1e-9)
+
+
+def micro_blocks(cfg: Config, blocks: int) -> int:
+    """Blocks in one forward pass: the most that memory allows and that divide a rank's blocks of a step."""
     most = cfg.micro_batch_tokens // cfg.pack_tokens
-    return max(m for m in range(1, min(share, most) + 1) if share % m == 0)
+    return max(m for m in range(1, min(blocks, most) + 1) if blocks % m == 0)
 
 
 class TrainStream:
@@ -1151,16 +1142,15 @@ class TrainStream:
 
     def make(self, step: int) -> list[Batch]:
         """This rank's share of a step, were all of them whole."""
-        return self.cut(step * self.per_step, self.per_step, self.cfg.train_seq_len)
+        return self.cut(step * self.per_step, self.per_step // self.run.world, self.cfg.train_seq_len)
 
-    def cut(self, place: int, size: int, limit: int) -> list[Batch]:
-        """This rank's share of `size` blocks from a place of the endless sequence, in segments of at most `limit` tokens.
+    def cut(self, place: int, blocks: int, limit: int) -> list[Batch]:
+        """So many blocks for this rank from a place of the endless sequence, in segments of at most `limit` tokens.
 
         Ranks take consecutive blocks, so their union never depends on their number.
         """
-        share = size // self.run.world
-        first, micro = place + self.run.rank * share, micro_blocks(self.cfg, share)
-        return [self.row([self.block_at(first + j) for j in range(i, i + micro)], limit) for i in range(0, share, micro)]
+        first, micro = place + self.run.rank * blocks, micro_blocks(self.cfg, blocks)
+        return [self.row([self.block_at(first + j) for j in range(i, i + micro)], limit) for i in range(0, blocks, micro)]
 
     def row(self, blocks: list[np.ndarray], limit: int) -> Batch:
         """Blocks side by side as one flat row."""
@@ -1177,11 +1167,11 @@ class TrainStream:
 
     def get(self, p: float) -> list[Batch]:
         """The next step's batches, at progress p; those of the one after it are made meanwhile on a thread."""
-        size, limit = round(self.per_step * stage_at(self.cfg.batch_shares, p)), stage_at(self.cfg.seq_limits, p)
-        now, self.place = (self.place, size, limit), self.place + size
+        blocks, limit = rank_blocks(self.cfg, stage_at(self.cfg.batch_shares, p), self.run.world), stage_at(self.cfg.seq_limits, p)
+        now, self.place = (self.place, blocks, limit), self.place + blocks * self.run.world
         # a stage that has just begun finds nothing made for it
         batches = self.ahead.pop(now).result() if now in self.ahead else self.cut(*now)
-        ahead = self.place, size, limit
+        ahead = self.place, blocks, limit
         self.ahead = {ahead: self.pool.submit(self.cut, *ahead)}
         return batches
 
@@ -1271,23 +1261,19 @@ def build_local_corpus(cfg: Config, run: Run) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def attention_eager(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, window: int = 0) -> Tensor:
-    """The definition, O(T^2) memory: softmax(q k^T / sqrt(E)) v over earlier tokens of the same segment. -> [T, H, E]
-
-    window: so many tokens only, the own one included; 0: all.
-    """
+def attention_eager(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
+    """The definition, O(T^2) memory: softmax(q k^T / sqrt(E)) v over earlier tokens of the same segment. -> [T, H, E]"""
     T, H, E = q.shape
     place = torch.arange(T, device=q.device)
     segment = torch.searchsorted(cu, place, right=True)  # which segment a token is in
-    away = place[:, None] - place
-    seen = (segment[:, None] == segment) & (away >= 0) & (away < (window or T))  # same segment, not later
+    seen = (segment[:, None] == segment[None]) & (place[:, None] >= place[None])  # same segment, not later
     k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))  # query head h reads kv head h // group
     scores = torch.einsum("qhe,khe->hqk", q.float(), k.float()) / math.sqrt(E)
     weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
     return torch.einsum("hqk,khe->qhe", weights, v.float()).to(q.dtype)
 
 
-def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, window: int = 0) -> Tensor:
+def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
     """Segments padded to the longest, then torch's dense causal attention. Padding lies behind every real token."""
     T, H, E = q.shape
     place = cu[:-1, None] + torch.arange(longest, device=q.device)  # [S, longest]
@@ -1295,24 +1281,23 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, wi
     group = H // k.shape[1]
     q_, k_, v_ = (x[rows].unflatten(0, place.shape).transpose(1, 2) for x in
                   (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
-    near = torch.ones(longest, longest, dtype=torch.bool, device=q.device).tril().triu(1 - window) if window else None
-    y = F.scaled_dot_product_attention(q_, k_, v_, attn_mask=near, is_causal=near is None).transpose(1, 2)
+    y = F.scaled_dot_product_attention(q_, k_, v_, is_causal=True).transpose(1, 2)
     t = torch.arange(T, device=q.device)
     segment = torch.searchsorted(cu, t, right=True) - 1
     return y[segment, t - cu[segment]]
 
 
-def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, window: int = 0) -> Tensor:
+def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
     """torch's varlen attention (FlashAttention-2 inside); window (-1, 0) is its word for causal."""
     from torch.nn.attention.varlen import varlen_attn
     more = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(window - 1, 0), **more)
+    return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), **more)
 
 
-def attention_fa3(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, window: int = 0) -> Tensor:
+def attention_fa3(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
     """FlashAttention-3 (Hopper), its own torch operators."""
     from flash_attn_interface import flash_attn_varlen_func
-    out = flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True, window_size=(window - 1, 0),
+    out = flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True,
                                  deterministic=torch.are_deterministic_algorithms_enabled())
     return out[0] if isinstance(out, tuple) else out
 
@@ -1328,47 +1313,46 @@ def operator(name: str, like: Callable) -> Callable:
 
 # FlashAttention-4 compiles its own kernels at run time, which torch.compile cannot look into: as two opaque operators
 # with known output shapes it stays one node of the graph, forward and backward.
-@operator("fa4", lambda q, k, v, cu, longest, window: (torch.empty_like(q, memory_format=torch.contiguous_format),
-                                                       q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)))
-def fa4_op(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, window: int) -> tuple[Tensor, Tensor]:
+@operator("fa4", lambda q, k, v, cu, longest: (torch.empty_like(q, memory_format=torch.contiguous_format),
+                                               q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)))
+def fa4_op(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     """Output [T, H, E] and log-sum-exp [H, T]."""
     from flash_attn.cute.interface import _flash_attn_fwd
     warnings.filterwarnings("ignore", message=".*JitArgument.*")  # its compiler's note about an argument we do not use
     return tuple(_flash_attn_fwd(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest,
-                                 causal=True, window_size_left=window - 1 if window else None, return_lse=True)[:2])
+                                 causal=True, return_lse=True)[:2])
 
 
 @operator("fa4_backward", lambda grad, q, k, v, *rest: tuple(
     torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)))
 def fa4_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu: Tensor,
-                    longest: int, window: int) -> tuple[Tensor, Tensor, Tensor]:
+                    longest: int) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
     from flash_attn.cute.interface import _flash_attn_bwd
     return tuple(_flash_attn_bwd(q, k, v, out, grad.contiguous(), lse, causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu,
                                  max_seqlen_q=longest, max_seqlen_k=longest,
-                                 window_size_left=window - 1 if window else None,
                                  deterministic=torch.are_deterministic_algorithms_enabled())[:3])
 
 
 def fa4_save(ctx, inputs, output):
-    ctx.lengths = inputs[4:]
+    ctx.longest = inputs[4]
     ctx.save_for_backward(*inputs[:3], *output, inputs[3])
 
 
 def fa4_gradient(ctx, grad_out, grad_lse):
     q, k, v, out, lse, cu = ctx.saved_tensors
-    return *torch.ops.golf.fa4_backward(grad_out, q, k, v, out, lse, cu, *ctx.lengths), None, None, None
+    return *torch.ops.golf.fa4_backward(grad_out, q, k, v, out, lse, cu, ctx.longest), None, None
 
 
 fa4_op.register_autograd(fa4_gradient, setup_context=fa4_save)
 
 
-def attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, window: int = 0) -> Tensor:
+def attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
     """FlashAttention-4 (CuTe kernels, Hopper and later)."""
-    return torch.ops.golf.fa4(q, k, v, cu, longest, window)[0]
+    return torch.ops.golf.fa4(q, k, v, cu, longest)[0]
 
 
-def ring_view(begin: Tensor, rows: int, window: int, reach: int) -> Tensor:
+def ring_view(begin: Tensor, rows: int, window: int) -> Tensor:
     """Who sees whom when S documents go on at positions begin [S] by C rows: [S, C, W + C] bool, W ring cells first.
 
     reach: how many tokens a row sees at most, itself included. Cell c of the ring holds the last position before `begin` that is c modulo W. Rows at positions below zero (a window
@@ -1379,8 +1363,7 @@ def ring_view(begin: Tensor, rows: int, window: int, reach: int) -> Tensor:
     there = start - 1 - (start - 1 - cell).remainder(max(window, 1))  # [S, W] the position in each cell
     old = ((there >= 0) & (there < start))[:, None] & (there[:, None] > (start + row)[..., None] - window)
     itself = row[:, None] == row
-    away = row[:, None] - row
-    own = (away >= 0) & (away < reach) & ((start + row >= 0)[:, None] | itself)
+    own = (row[:, None] >= row) & ((start + row >= 0)[:, None] | itself)
     return torch.cat((old, own), 2)
 
 
@@ -1391,7 +1374,7 @@ def attention_cached_eager(q: Tensor, k: Tensor, v: Tensor, past: tuple) -> Tens
               for old, new in ((past.k, k), (past.v, v)))
     q_ = q.unflatten(0, (S, -1)).unflatten(2, (K, -1))  # [S, C, K, G, E]; a group's heads become more rows of one head
     rows = q_.permute(0, 2, 3, 1, 4).flatten(2, 3)  # [S, K, G C, E]
-    seen = ring_view(past.begin, q_.shape[1], past.window, past.reach).repeat(1, q_.shape[3], 1)[:, None]
+    seen = ring_view(past.begin, q_.shape[1], past.window).repeat(1, q_.shape[3], 1)[:, None]
     y = F.scaled_dot_product_attention(rows, k_, v_, attn_mask=seen)
     return y.unflatten(2, (q_.shape[3], -1)).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)
 
@@ -1570,13 +1553,10 @@ def try_attention(name: str, cfg: Config, run: Run) -> str:
     rng = torch.Generator(run.device).manual_seed(0)
     qkv = [torch.randn(256, h, cfg.head_dim, device=run.device, generator=rng).to(run.dtype).requires_grad_() for h in heads]
     try:
-        for window in (0, 50) if cfg.windows else (0,):
-            got = ATTENTION[name](*qkv, cu, 256, window)
-            got.float().sum().backward()  # a forward alone proves nothing about training
-            error = float((got - attention_eager(*qkv, cu, 256, window)).detach().abs().max())
-            if not error < 0.05:
-                return f"differs from the eager reference by {error:.3g}"
-        return ""
+        got = ATTENTION[name](*qkv, cu, 256)
+        got.float().sum().backward()  # a forward alone proves nothing about training
+        error = float((got - attention_eager(*qkv, cu, 256)).detach().abs().max())
+        return "" if error < 0.05 else f"differs from the eager reference by {error:.3g}"
     except Exception as e:  # whatever a kernel library throws here only means: take another one
         return f"{type(e).__name__}: {str(e).splitlines()[0][:160] if str(e) else ''}"
 
@@ -1733,13 +1713,11 @@ def orthogonalize(g: Tensor, coefficients: tuple) -> Tensor:
 
 
 class Past(NamedTuple):
-    """What one visit remembers of S documents: keys and values [S, cells, K, E], where they go on [S], cells in the ring,
-    and how many tokens are seen at most."""
+    """What one visit remembers of S documents: keys and values [S, cells, K, E], where they go on [S], cells in the ring."""
     k: Tensor
     v: Tensor
     begin: Tensor
     window: int
-    reach: int
 
 
 class VisitAdapters(NamedTuple):
@@ -1880,7 +1858,7 @@ class Attention(nn.Module):
         self.value_mix = ValueMix(cfg.value_residual) if cfg.value_residual != "none" and layer > 0 else None
         self.gives_values = cfg.value_residual != "none" and layer == 0
         self.value_scale = nn.Parameter(torch.empty(1)) if layer in cfg.value_layers else None
-        self.kernels, self.window = kernels, cfg.windows.get(layer, 0)  # chosen once, in room 6; 0: it sees all
+        self.kernels = kernels  # chosen once, in room 6
 
     def forward(self, x: Tensor, values: OtherValues, rope: tuple, cu: Tensor, longest: int, lora: VisitAdapters,
                 past: Past | None) -> tuple[Tensor, tuple]:
@@ -1894,7 +1872,7 @@ class Attention(nn.Module):
             v = v + self.value_scale.to(v.dtype) * values.embedded.view_as(v)
         if self.value_mix is not None:
             v = self.value_mix(v, values.first)
-        y = self.kernels.attend(q, k, v, cu, longest, self.window) if past is None else attention_cached(q, k, v, past)
+        y = self.kernels.attend(q, k, v, cu, longest) if past is None else attention_cached(q, k, v, past)
         if self.xsa:  # the same v that attention used
             y = exclude_self(y, v)
         if self.gate is not None:
@@ -3939,7 +3917,7 @@ class Slots:
 
     def __init__(self, model: GPT, cfg: Config, run: Run, count: int):
         self.cfg = cfg
-        self.sites = adapter_sites(model, cfg)
+        self.sites, self.window = adapter_sites(model, cfg), cfg.eval_seq_len
         rank, rng, parts, fixed = cfg.ttt_lora_rank, torch.Generator().manual_seed(cfg.seed), [], []
         for _, _, into, out in self.sites:
             parts += [(2 * torch.rand(rank * into, generator=rng) - 1) / math.sqrt(into), torch.zeros(out * rank)]
@@ -3954,9 +3932,8 @@ class Slots:
         self.theta = self.start.repeat(count, 1)
         self.first = torch.zeros_like(self.theta) if cfg.ttt_beta1 else None
         self.second, self.steps = torch.zeros_like(self.theta), torch.zeros(count, 1, device=run.device)
-        self.reach = [min(cfg.windows.get(v.layer, cfg.eval_seq_len), cfg.eval_seq_len) for v in model.plans[1]]
-        cells = [(reach if cfg.ttt_cache == "keep" else 0) + self.SPARE for reach in self.reach]
-        self.keys = [torch.zeros(count, n, cfg.num_kv_heads, cfg.head_dim, device=run.device, dtype=run.dtype) for n in cells]
+        cells = count, (self.window if cfg.ttt_cache == "keep" else 0) + self.SPARE, cfg.num_kv_heads, cfg.head_dim
+        self.keys = [torch.zeros(cells, device=run.device, dtype=run.dtype) for _ in model.plans[1]]
         self.values = [torch.zeros_like(k) for k in self.keys]
         self.renew = model.renew
 
@@ -3979,17 +3956,17 @@ class Slots:
         head = HeadAdapters(**made.pop(-1, {}), bias=extra[:, :split].float() if split else None,
                             caps=self.cfg.logit_softcap + self.CAP_SCALE * extra[:, split:split + 2].float()
                             if self.cfg.ttt_asym_logit else None)
-        past = [Past(k[:n], v[:n], begin, k.shape[1] - self.SPARE, r) for k, v, r in zip(self.keys, self.values, self.reach)]
+        past = [Past(k[:n], v[:n], begin, k.shape[1] - self.SPARE) for k, v in zip(self.keys, self.values)]
         return Memory([VisitAdapters(**made.get(i, {})) for i in range(len(self.keys))], past, head, n, lead, [])
 
     @torch.no_grad()
     def remember(self, memory: Memory, pos: Tensor, real: Tensor) -> None:
         """Store the new keys and values [n C, K, E] in a ring over positions; what is not real goes to the spare cell."""
-        n, row = len(pos), torch.arange(len(pos), device=pos.device)[:, None].expand_as(pos)
-        cells = {ring: torch.where(real, pos % max(ring, 1), ring) for ring in {past.window for past in memory.past}}
-        for past, old_k, old_v, (k, v) in zip(memory.past, self.keys, self.values, memory.kept):
-            at = row, cells[past.window]
-            old_k[at], old_v[at] = k.unflatten(0, (n, -1)), v.unflatten(0, (n, -1))
+        n, ring = pos.shape[0], memory.past[0].window
+        cell = torch.where(real, pos % max(ring, 1), ring)
+        row = torch.arange(n, device=pos.device)[:, None].expand_as(cell)
+        for old_k, old_v, (k, v) in zip(self.keys, self.values, memory.kept):
+            old_k[row, cell], old_v[row, cell] = k.unflatten(0, (n, -1)), v.unflatten(0, (n, -1))
 
     @torch.no_grad()
     def learn(self, grad: Tensor, learns: Tensor) -> None:
@@ -4359,7 +4336,7 @@ def graphs(cfg: Config, world: int) -> list[tuple[float, bool]]:
     found = {}
     for p in sorted(begins):
         share, looping = stage_at(cfg.batch_shares, p), cfg.num_loops > 0 and p >= cfg.enable_looping_at
-        found.setdefault((micro_blocks(cfg, round(cfg.blocks_per_batch * share) // world), looping), (share, looping))
+        found.setdefault((micro_blocks(cfg, rank_blocks(cfg, share, world)), looping), (share, looping))
     return list(found.values())
 
 
@@ -4370,7 +4347,7 @@ def warm_up(model: GPT, optimizers: Optimizers, stream: TrainStream, cfg: Config
     """
     saved = [p.detach().clone() for p in model.parameters()]
     for share, looping in graphs(cfg, run.world):
-        batches = stream.cut(0, round(stream.per_step * share), cfg.train_seq_len)  # training data, and the same for all graphs
+        batches = stream.cut(0, rank_blocks(cfg, share, run.world), cfg.train_seq_len)  # training data, the same for all graphs
         for i in range(cfg.warmup_steps):
             train_step(model, optimizers, batches, Values(1.0, cfg.muon_momentum, looping))
             run.log(f"warmup_step:{i + 1}/{cfg.warmup_steps} looping:{looping} at:{run.clock.read():.1f}s")
@@ -4551,10 +4528,12 @@ def describe_plan(model: GPT, cfg: Config, run: Run) -> None:
     for line in describe_table(model, cfg):
         run.log(line)
     run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
-    micro = micro_blocks(cfg, cfg.blocks_per_batch // run.world) * cfg.pack_tokens
+    micro = micro_blocks(cfg, rank_blocks(cfg, 1.0, run.world)) * cfg.pack_tokens
     run.log(f"train_batch_tokens:{cfg.train_batch_tokens} = {run.world} ranks x "
             f"{cfg.train_batch_tokens // run.world // micro} micro-batches x {micro} train_seq_len:{cfg.train_seq_len} "
             f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}")
+    for until, share in cfg.batch_shares[:-1]:  # what rounding to whole blocks has made of it
+        run.log(f"until {until:.0%} of the run: steps of {rank_blocks(cfg, share, run.world) * run.world * cfg.pack_tokens} tokens")
     run.log(f"matrix_lr:{cfg.matrix_lr} embed_lr:{cfg.tied_embed_lr} scalar_lr:{cfg.scalar_lr} "
             f"warmdown over the last {cfg.warmdown_frac:.0%} to {cfg.min_lr:.0%}, momentum warm-up {cfg.muon_momentum_warmup_frac:.0%}, "
             f"average {cfg.average} over {cfg.ema_horizon:.1%} of the run")

@@ -93,11 +93,8 @@ def step_flops(model, cfg, batches, looping: bool) -> float:
     matrices = sum(p.numel() for i in visits for n, p in model.blocks[i].named_parameters() if p.dim() == 2 and min(p.shape) >= 64)
     head = cfg.vocab_size * cfg.model_dim
     tokens = sum(b.ids.numel() for b in batches)
-    lengths = [b.cu.diff().double() for b in batches]
-    # a window cuts the triangle's far corner off
-    pairs = sum(float((n ** 2 - ((n - w).clamp_min(0) ** 2 if w else 0)).sum()) / 2
-                for n in lengths for w in (model.blocks[i].attn.window for i in visits))
-    return 6.0 * tokens * (matrices + head) + 14.0 * pairs * cfg.num_heads * cfg.head_dim
+    pairs = sum(float((b.cu.diff().double() ** 2).sum()) / 2 for b in batches)
+    return 6.0 * tokens * (matrices + head) + 14.0 * pairs * len(visits) * cfg.num_heads * cfg.head_dim
 
 
 # ----------------------------------------------------------------------------------------------------------------------

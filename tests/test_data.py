@@ -178,7 +178,7 @@ def test_every_block_is_whole_and_within_its_shard(numbered, tmp_path):
 def test_step_is_the_same_for_any_number_of_ranks(numbered, tmp_path, world, micro_tokens):
     """The union over ranks, and its order, over steps that cross the end of an epoch; however memory cuts it up."""
     one = open_stream(numbered, tmp_path)
-    ranks = [open_stream(numbered, tmp_path, r, world, MICRO_BATCH_TOKENS=micro_tokens, TRAIN_BATCH_SCHEDULE="") for r in range(world)]
+    ranks = [open_stream(numbered, tmp_path, r, world, MICRO_BATCH_TOKENS=micro_tokens) for r in range(world)]
     for step in range(2 * BLOCKS // one.per_step + 2):
         together = [t for s in ranks for t in flat(s.make(step))]
         assert together == flat(one.make(step))
@@ -268,6 +268,11 @@ def test_smaller_steps_come_first_and_nothing_is_read_twice(numbered, tmp_path, 
         assert {b.ids.numel() for batches in steps for b in batches} == {ranks[0].pack * min(2, blocks // world)}, "as many as fit"
     one = open_stream(numbered, tmp_path)
     assert seen == flat(one.cut(0, place, one.cfg.train_seq_len))
+
+
+@pytest.mark.parametrize("share, world, blocks", [(0.5, 1, 2), (0.5, 2, 1), (0.5, 4, 1), (0.3, 1, 2), (0.75, 1, 3), (1.0, 4, 1), (0.01, 1, 1)])
+def test_shares_are_rounded_up_to_whole_blocks(share, world, blocks):
+    assert tg.rank_blocks(tiny(VOCAB_SIZE=1024), share, world) == blocks
 
 
 def test_too_little_data_is_named(tmp_path):

@@ -108,12 +108,12 @@ def test_without_isolation_windows_share_documents_but_nothing_leaves_a_window(r
     assert moved(model, batch, 6)[7] and not moved(model, batch, 7)[8:].any()
 
 
-def whole_row(q, k, v, cu, longest, window):
+def whole_row(q, k, v, cu, longest):
     """Attention that forgot the segments."""
     return tg.attention_eager(q, k, v, torch.tensor([0, len(q)], dtype=torch.int32), len(q))
 
 
-def both_ways(q, k, v, cu, longest, window):
+def both_ways(q, k, v, cu, longest):
     """Attention that forgot causality."""
     return tg.attention_eager(q.flip(0), k.flip(0), v.flip(0), len(q) - cu.flip(0), longest).flip(0) \
         + tg.attention_eager(q, k, v, cu, longest)
@@ -156,8 +156,8 @@ def test_the_mask_of_document_starts_is_needed_inside_a_window(run, monkeypatch)
 # Attention backends
 # ----------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("borders", [(0, 1), (0, 1, 2, 3), (0, 5, 5, 5), (0, 1, 1, 18, 37, 37), (0, 33), BORDERS], ids=str)
-@pytest.mark.parametrize("heads, window", [((4, 2), 0), ((3, 1), 0), ((2, 2), 0), ((4, 2), 1), ((4, 2), 7)], ids=str)
-def test_sdpa_equals_eager(borders, heads, window):
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2)], ids=str)
+def test_sdpa_equals_eager(borders, heads):
     """Values and gradients in fp32, tight enough that one misplaced token shows."""
     rng = torch.Generator().manual_seed(0)
     cu, total = torch.tensor(borders, dtype=torch.int32), borders[-1]
@@ -165,23 +165,10 @@ def test_sdpa_equals_eager(borders, heads, window):
     grad = torch.randn(total, heads[0], 8, generator=rng)
     results = []
     for attend in (tg.attention_sdpa, tg.attention_eager):
-        out = attend(*qkv, cu, int(max(np.diff(borders))) + 3, window)  # static shapes give a longest that no segment reaches
+        out = attend(*qkv, cu, int(max(np.diff(borders))) + 3)  # static shapes give a longest that no segment reaches
         results.append([out, *torch.autograd.grad(out, qkv, grad)])
     for fast, reference in zip(*results):
         torch.testing.assert_close(fast, reference, atol=2e-6, rtol=1e-5)
-
-
-def test_a_window_hides_what_lies_farther_back(run):
-    """Two layers that see 3 tokens each, two of them earlier ones: an input moves its own score and the next 4, none farther."""
-    cfg = small(num_layers=2, xsa_last_n=2, num_loops=0, attn_window="3:0", smear_gate="none", parallel_residual="none",
-                ttt_chunk_size="2")
-    model = lively(dataclasses.replace(cfg, attn_window="3:0,1"))
-    assert [b.attn.window for b in lively(cfg).blocks] == [3, 0]
-    ids = torch.arange(2, 42)
-    batch = tg.Batch(ids, ids, torch.arange(40), torch.tensor([0, 40], dtype=torch.int32), 40)
-    change = moved(model, batch, 20)
-    assert change[20:25].all() and not change[:20].any() and not change[25:].any()
-    assert moved(lively(dataclasses.replace(cfg, attn_window="")), batch, 20)[20:].all()
 
 
 def test_a_backend_that_is_wrong_is_not_chosen(run, monkeypatch):

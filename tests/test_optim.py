@@ -447,9 +447,9 @@ def test_the_reset_is_what_does_it(owner, reset, run, monkeypatch):
 def test_every_graph_of_a_run_is_compiled_before_it_starts(knobs, world, found):
     cfg = tg.load_config({"PRESET": "record", **{k.upper(): str(v) for k, v in knobs.items()}}, True)
     assert tg.graphs(cfg, world) == found
-    shapes = {(tg.micro_blocks(cfg, round(cfg.blocks_per_batch * tg.stage_at(cfg.batch_shares, p)) // world),
+    shapes = {(tg.micro_blocks(cfg, tg.rank_blocks(cfg, tg.stage_at(cfg.batch_shares, p), world)),
                cfg.num_loops > 0 and p >= cfg.enable_looping_at) for p in np.linspace(0, 0.999, 200)}
-    assert {(tg.micro_blocks(cfg, round(cfg.blocks_per_batch * share) // world), looping) for share, looping in found} == shapes
+    assert {(tg.micro_blocks(cfg, tg.rank_blocks(cfg, share, world)), looping) for share, looping in found} == shapes
 
 
 def test_training_learns(run):

@@ -48,8 +48,7 @@ def score(tmp_path, docs=None, **env):
 
 
 @pytest.mark.parametrize("env", [{}, {"NUM_LOOPS": 1, "LOOP_START": 0, "LOOP_END": 1}, {"SMEAR_GATE": "post"},
-                                 {"BIGRAM_VOCAB_SIZE": 50}, {"VALUE_RESIDUAL": "mix"}, {"TTT_ASYM_LOGIT": 1},
-                                 {"ATTN_WINDOW": "9:1"}, {"ATTN_WINDOW": "8:0,1", "NUM_LOOPS": 1, "LOOP_START": 0, "LOOP_END": 1}])
+                                 {"BIGRAM_VOCAB_SIZE": 50}, {"VALUE_RESIDUAL": "mix"}, {"TTT_ASYM_LOGIT": 1}])
 @pytest.mark.parametrize("cache", ["keep", "recompute"])
 def test_without_learning_it_scores_like_windows(cache, env, tmp_path):
     """Cached keys and values, lead tokens and masks reproduce the flat forward exactly."""
@@ -103,15 +102,15 @@ def plain_decoder(model, cfg, docs):
             if begin == doc:
                 pairs = []
                 for (i, (_, _, into, out)), at in zip(enumerate(sites), np.cumsum([0] + [rank * (s[2] + s[3]) for s in sites])):
-                    a = a_of_slot.get((slot, i), start[at:at + rank * into].view(rank, into))
-                    pairs += [a.clone().requires_grad_(), torch.zeros(out, rank, requires_grad=True)]
+                    a = a_of_slot.get((slot, i), start[at:at + rank * into].view(into, rank))
+                    pairs += [a.clone().requires_grad_(), torch.zeros(rank, out, requires_grad=True)]
                 optimizer = torch.optim.AdamW(pairs, lr=cfg.ttt_lora_lr, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10,
                                               weight_decay=cfg.ttt_weight_decay)
             merged = dict(model.named_parameters())
             for (visit, name, _, _), a, b in zip(sites, pairs[::2], pairs[1::2]):
                 key = "head.weight" if visit < 0 else f"blocks.{visit}.attn.qkv.weight"
                 rows = {"low": (0, cfg.vocab_size), "q": (0, heads), "v": (heads + kv, heads + 2 * kv)}[name]
-                merged[key] = torch.cat((merged[key][:rows[0]], merged[key][rows[0]:rows[1]] + scale * b @ a, merged[key][rows[1]:]))
+                merged[key] = torch.cat((merged[key][:rows[0]], merged[key][rows[0]:rows[1]] + scale * (a @ b).T, merged[key][rows[1]:]))
             ids = torch.from_numpy(docs.tokens[doc:end + 1].astype(np.int64))
             inputs = (ids[:-1], ids[1:], torch.arange(end - doc), torch.tensor([0, end - doc], dtype=torch.int32), end - doc)
             got = torch.func.functional_call(Nats(model), {"net." + k: v for k, v in merged.items()}, inputs)[begin - doc:]

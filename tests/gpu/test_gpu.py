@@ -37,10 +37,9 @@ BORDERS = ([0, 1, 2, 67, 300, 300, 301, 813], [0, 513], [0, 128, 256, 384, 512, 
 
 
 @pytest.mark.parametrize("borders", BORDERS)
-@pytest.mark.parametrize("window", [0, 100])
 @pytest.mark.parametrize("name", [n for n in tg.ATTENTION if n != "eager"])
-def test_attention_backend_equals_eager(name, borders, window, run):
-    cfg = tg.load_config({"ATTN_WINDOW": "512:0"} if window else {}, True)
+def test_attention_backend_equals_eager(name, borders, run):
+    cfg = tg.load_config({}, True)
     problem = tg.try_attention(name, cfg, run)
     if problem:
         pytest.skip(f"{name}: {problem}")
@@ -51,7 +50,7 @@ def test_attention_backend_equals_eager(name, borders, window, run):
     grad = torch.randn(total, 8, 64, device="cuda").bfloat16()
     results = []
     for attend in (tg.ATTENTION[name], tg.attention_eager):
-        out = attend(*inputs, cu, 512 if total > 513 else 513, window)
+        out = attend(*inputs, cu, 512 if total > 513 else 513)
         results.append([out, *torch.autograd.grad(out, inputs, grad)])
     for fast, reference in zip(*results):
         assert torch.isfinite(fast).all()
@@ -70,7 +69,7 @@ def test_cached_attention_equals_eager(slots, chunk, window, heads, begin):
     grad, results = torch.randn(slots * chunk, heads[0], 64, device="cuda").bfloat16(), []
     for attend, dtype in ((tg.attention_cached, torch.bfloat16), (tg.attention_cached_eager, torch.float32)):
         mine = [x.to(dtype).requires_grad_() for x in inputs]
-        out = attend(*mine, tg.Past(*(x.to(dtype) for x in ring), begin, window, window))
+        out = attend(*mine, tg.Past(*(x.to(dtype) for x in ring), begin, window))
         results.append([out, *torch.autograd.grad(out, mine, grad.to(dtype))])
     for fast, reference in zip(*results):
         assert relative(fast, reference) < 5e-3
