@@ -500,9 +500,8 @@ class Config(PackKnobs, OptimKnobs, ModelKnobs, DataKnobs, RunKnobs):
 
     def describe(self) -> list[str]:
         """One line a knob, sorted, `*` where it differs from the record's default."""
-        fields = sorted(dataclasses.fields(self), key=lambda f: f.name)
         return [f"{'*' if getattr(self, f.name) != f.default else ' '} {f.name.upper()}={getattr(self, f.name)}"
-                for f in fields]
+                for f in sorted(dataclasses.fields(self), key=lambda f: f.name)]
 
 
 def parse_value(f: dataclasses.Field, text: str):
@@ -569,8 +568,7 @@ def load_config(env: dict, cuda: bool, base: dict | None = None, check: bool = T
 
 def launch(env: dict) -> tuple[int, int, int]:
     """(rank, local rank, world size) as torchrun sets them; (0, 0, 1) without it."""
-    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    ranks = {k: env.get(k, d) for k, d in ranks.items()}
+    ranks = {k: env.get(k, d) for k, d in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))}
     for name, text in ranks.items():
         if not text.isdecimal() or name == "WORLD_SIZE" and int(text) < 1:
             raise ConfigError(f"{name}={text!r}: a rank or a number of ranks expected, as torchrun sets it")
@@ -682,13 +680,13 @@ class Clock:
         return running + sum(v for k, v in self.seconds.items() if not names or k in names)
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write, fsync, rename: a reader sees the old file or the whole new one, never a part."""
+def write_atomic(path: Path, data: bytes | Callable) -> None:
+    """Write (bytes, or what a function writes to a file), fsync, rename: a reader sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as f:
-            f.write(data)
+            data(f) if callable(data) else f.write(data)
             f.flush()
             os.fsync(f.fileno())  # the rename must not reach the disk before the data
         os.replace(part, path)  # atomic within one file system
@@ -877,9 +875,7 @@ def named(cfg: Config) -> Config:
 
 def stop_on_signals() -> None:
     """SIGTERM ends the run the way Ctrl-C does: through the `finally` blocks, with a usable log."""
-    def handler(number, frame):
-        raise SystemExit(128 + number)
-    signal.signal(signal.SIGTERM, handler)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def report_budgets(run: Run, cfg: Config) -> None:
@@ -967,12 +963,11 @@ class Tokenizer:
             text = self.sp.decode(doc.tolist())  # the independent way to the same number
             counted, decoded = int(self.count_bytes(doc).sum()), len(text.encode())  # the first token is BOS, no target
             same += self.sp.encode(text) == doc[1:].tolist()
-            if "\ufffd" in text:
-                continue
-            if counted != decoded:
+            whole = "\ufffd" not in text
+            if whole and counted != decoded:
                 raise SystemExit(f"byte table and decoder differ on document {i}: {counted} and {decoded} bytes; "
                                  f"{self.path} is not the tokenizer of these shards, or its table is wrong")
-            checked += 1
+            checked += whole
         if 2 * same < len(picks):  # another tokenizer's table agrees with its own decoder, but the text is rubbish
             raise SystemExit(f"{self.path} is not the tokenizer of these shards: only {same} of {len(picks)} documents "
                              "give their own tokens when decoded and encoded again")
@@ -1515,8 +1510,7 @@ class Replay:
     def __call__(self):
         self.calls += 1
         if not self.gpu or self.calls == 1:  # the first call is also what chooses kernels and allocates their workspaces
-            self.result = self.work()
-            return self.result
+            return self.work()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, pool=self.pool):
@@ -1595,12 +1589,10 @@ def soft_cap(logits: Tensor, cap: float | Tensor) -> Tensor:
     return cap * torch.tanh(logits / cap) if isinstance(cap, Tensor) or cap else logits
 
 
-NORM_EPS = 1.2e-7  # fp32 machine epsilon; torch's default for a bf16 input would leave small embeddings unnormalised
-
-
 def norm(x: Tensor) -> Tensor:
     """RMS norm over the last dimension, no weight."""
-    return F.rms_norm(x, (x.shape[-1],), eps=NORM_EPS)
+    # fp32 machine epsilon: torch's default for a bf16 input would leave small embeddings unnormalised
+    return F.rms_norm(x, (x.shape[-1],), eps=1.2e-7)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -1735,11 +1727,10 @@ class HeadAdapters(NamedTuple):
     bias: Tensor | None = None
     caps: Tensor | None = None
 
-    def of_slot(self, i: int) -> "HeadAdapters":
-        """One slot's share."""
-        one = slice(i, i + 1)
-        return HeadAdapters(self.low and (self.low[0][one], self.low[1][one], self.low[2]),
-                            None if self.bias is None else self.bias[one], None if self.caps is None else self.caps[one])
+    def of_first(self) -> "HeadAdapters":
+        """Slot 0's share."""
+        return HeadAdapters(self.low and (self.low[0][:1], self.low[1][:1], self.low[2]),
+                            None if self.bias is None else self.bias[:1], None if self.caps is None else self.caps[:1])
 
 
 def corrected(y: Tensor, x: Tensor, pair: tuple[Tensor, Tensor, float] | None) -> Tensor:
@@ -1805,13 +1796,13 @@ GATES = {
 class HeadGate(nn.Module):
     """A factor for every head's output, from the block's normed input."""
 
-    def __init__(self, kind: str, heads: int, dim: int, window: int):
+    def __init__(self, cfg: Config):
         super().__init__()
-        reads, self.outer, self.inner, bias = GATES[kind]
+        reads, self.outer, self.inner, bias = GATES[cfg.attn_gate]
         # a window of 12 costs 96 weights a layer, reading all channels 4,096
-        self.width = {"none": 0, "window": window, "all": dim}[reads]
-        self.weight = nn.Parameter(torch.empty(heads, self.width)) if self.width else None
-        self.bias = nn.Parameter(torch.empty(heads)) if bias is not None else None
+        self.width = {"none": 0, "window": cfg.gate_window, "all": cfg.model_dim}[reads]
+        self.weight = nn.Parameter(torch.empty(cfg.num_heads, self.width)) if self.width else None
+        self.bias = nn.Parameter(torch.empty(cfg.num_heads)) if bias is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, D] -> factors [T, H], or [H] for a gate that reads nothing."""
@@ -1853,8 +1844,7 @@ class Attention(nn.Module):
         self.o = Linear(cfg.model_dim, cfg.num_heads * cfg.head_dim)
         self.q_gain = nn.Parameter(torch.empty(cfg.num_heads))
         self.xsa = layer >= cfg.num_layers - cfg.xsa_last_n  # the last N, counted from the end
-        self.gate = (HeadGate(cfg.attn_gate, cfg.num_heads, cfg.model_dim, cfg.gate_window)
-                     if cfg.attn_gate != "none" else None)
+        self.gate = HeadGate(cfg) if cfg.attn_gate != "none" else None
         self.value_mix = ValueMix(cfg.value_residual) if cfg.value_residual != "none" and layer > 0 else None
         self.gives_values = cfg.value_residual != "none" and layer == 0
         self.value_scale = nn.Parameter(torch.empty(1)) if layer in cfg.value_layers else None
@@ -1924,8 +1914,7 @@ class Block(nn.Module):
             lane = x if lane is None else lane  # the first such visit splits the stream
             b = self.mlp_out(lane, lora)  # the MLP reads its own lane, unmixed
             resid, post = mix[0].to(x.dtype), mix[1].to(x.dtype)
-            return (resid[0] * x + post[0, 0] * a + post[0, 1] * b,
-                    resid[1] * lane + post[1, 0] * a + post[1, 1] * b, keeps)
+            return (resid[0] * x + post[0, 0] * a + post[0, 1] * b, resid[1] * lane + post[1, 0] * a + post[1, 1] * b, keeps)
         x = base + a
         x = x + self.mlp_out(base if self.abreast else x, lora)
         return x if self.x0_scale is None else x + self.x0_scale.to(x.dtype) * x0, None, keeps
@@ -1955,8 +1944,7 @@ def layer_plan(cfg: Config, looping: bool) -> list[Visit]:
         loop = list(range(cfg.loop_start, cfg.loop_end + 1))  # the same weights, at a new depth
         order = order[:cfg.loop_start] + loop * (cfg.num_loops + 1) + order[cfg.loop_end + 1:]
     half = len(order) // 2  # encoder visits push, decoder visits pop
-    skips = cfg.unet_skips != "none"
-    lanes = cfg.parallel_residual == "two"
+    skips, lanes = cfg.unet_skips != "none", cfg.parallel_residual == "two"
     return [Visit(layer, i - half if skips and half <= i < 2 * half else None, skips and i < half,
                   lanes and i >= half and layer >= cfg.parallel_start_layer) for i, layer in enumerate(order)]
 
@@ -2053,10 +2041,9 @@ class InputEmbedding(nn.Module):
     def forward(self, ids: Tensor, pos: Tensor) -> Tensor:
         """ids [T], pos [T] -> x0 [T, D]."""
         x = self.tok_emb(ids).to(self.dtype)
-        if self.bigram is not None:
-            x = x + self.bigram(ids, pos, self.dtype)
-        if self.trigram is not None:
-            x = x + self.trigram(ids, pos, self.dtype)
+        for gram in (self.bigram, self.trigram):
+            if gram is not None:
+                x = x + gram(ids, pos, self.dtype)
         if self.smear_before is not None:
             x = self.smear_before(x, ids, pos)
         x = norm(x)  # embeddings are tiny at the start
@@ -2132,10 +2119,9 @@ class GPT(nn.Module):
         """
         run = self.run if memory is None else call  # rows of slots come in many shapes, and are replayed instead
         x0 = run(self.input, ids, pos)  # kept: every block mixes it in again
-        x = x0.view_as(x0)  # two tensors: torch 2.13 fails on a later shape of a block that got one twice
         if memory is not None:
             x0, pos, ids = memory.drop_lead(x0), memory.drop_lead(pos), memory.drop_lead(ids)
-            x = x0
+        x = x0.view_as(x0)  # two tensors: torch 2.13 fails on a later shape of a block that got one twice
         # computed once, read by a few layers
         embedded = run(self.value_embedding, ids, x.dtype) if self.value_embedding is not None else None
         rope, lane, values, stack = self.rotary(pos), None, OtherValues(None, embedded), []
@@ -2366,10 +2352,9 @@ class Muon:
             for i, rows in enumerate(split or (p.shape[0],)):
                 shapes.setdefault((rows, p.shape[1]), []).append((p, sum(split[:i]), rows))
         self.banks = list(shapes.items())
+        known = POLAR if cfg.muon_coefficients == "polar" else (QUINTIC,)
         # the last polynomial is the fixed point's
-        polar = POLAR + (POLAR[-1],) * max(cfg.muon_backend_steps - len(POLAR), 0)
-        self.coefficients = (polar if cfg.muon_coefficients == "polar" else
-                             (QUINTIC,) * cfg.muon_backend_steps)[:cfg.muon_backend_steps]
+        self.coefficients = (known + known[-1:] * cfg.muon_backend_steps)[:cfg.muon_backend_steps]
         self.reset()
 
     def reset(self) -> None:
@@ -2433,21 +2418,18 @@ class Optimizers:
     """Muon and AdamW over one model by the parameter table; gradients are clipped after they are reduced."""
 
     def __init__(self, model: GPT, cfg: Config, run: Run):
-        self.cfg, self.run = cfg, run
-        rows = rows_of(model, cfg)
+        self.cfg, self.run, self.params = cfg, run, list(model.parameters())
         by_group: dict[str, list] = {}
-        for name, p in model.named_parameters():
-            by_group.setdefault(rows[name].group, []).append((p, rows[name].split))
+        for p, row in zip(model.parameters(), rows_of(model, cfg).values()):
+            by_group.setdefault(row.group, []).append((p, row.split))
         self.groups = {g: [p for p, _ in members] for g, members in by_group.items()}
         self.muon = Muon(by_group.get("matrix", []), cfg, run)
         self.small = [p for g, ps in self.groups.items() if g != "matrix" for p in ps]
         rates = {"embed": (cfg.tied_embed_lr, cfg.embed_wd), "head": (cfg.head_lr, cfg.adam_wd),
                  "scalar": (cfg.scalar_lr, cfg.adam_wd)}
-        self.adam = torch.optim.AdamW(
-            [{"params": self.groups[g], "base": lr, "lr": lr, "weight_decay": wd} for g, (lr, wd) in rates.items()
-             if g in self.groups], betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
-        covered = {id(p) for ps in self.groups.values() for p in ps}  # a set of identities: tensors compare by value
-        assert covered == {id(p) for p in model.parameters()}, "a parameter is optimised twice or not at all"
+        self.adam = torch.optim.AdamW(  # a group without a rate stops here: no parameter goes without an optimiser
+            [{"params": ps, "base": rates[g][0], "lr": rates[g][0], "weight_decay": rates[g][1]} for g, ps in self.groups.items()
+             if g != "matrix"], betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=True)
 
     def reset(self) -> None:
         """Back to the state before the first step."""
@@ -2456,9 +2438,8 @@ class Optimizers:
 
     def step(self, v: Values) -> Tensor:
         """Reduce, clip, update. Returns the global gradient norm before clipping, a device scalar."""
-        for ps in self.groups.values():  # a parameter that this plan does not use has no gradient, and must not stall ranks
-            for p in ps:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for p in self.params:  # a parameter that this plan does not use has no gradient, and must not stall ranks
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         small = [p.grad for p in self.small]
         self.run.sum_all_(small)
         torch._foreach_div_(small, self.run.world)
@@ -2473,11 +2454,6 @@ class Optimizers:
         self.adam.step()  # equal on all ranks, so nothing is sent
         self.muon.step(shards, scale, self.cfg.matrix_lr * v.lr, v.momentum)
         return norm
-
-    def zero_grad(self) -> None:
-        for ps in self.groups.values():
-            for p in ps:
-                p.grad = None
 
     def group_norms(self) -> dict[str, float]:
         """Norm of weights and of the local gradient of each group, for the report of a run that went wrong."""
@@ -2513,8 +2489,7 @@ class Average:
 
     def apply(self) -> None:
         """Put the average into the model."""
-        if self.shadow is not self.params:
-            torch._foreach_copy_(self.params, self.shadow)
+        torch._foreach_copy_(self.params, self.shadow)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2561,16 +2536,14 @@ def collect_hessians(model: GPT, cfg: Config, batches: list[Batch], run: Run) ->
     sums: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
 
-    def watch(name: str):
-        def hook(module, args):
-            x = args[0].flatten(0, -2).float()  # bf16 products are exact in TF32
-            sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
-        return hook
+    def watch(name: str, module, args):
+        x = args[0].flatten(0, -2).float()  # bf16 products are exact in TF32
+        sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
 
     # a gate reads a window of its module's input, and is too small to gain from more than rounding
     owners = {n: row.sees or n.rpartition(".")[0] for n, row in quantized_rows(model, cfg).items() if row.quant != "gate"}
     # an embedding's input are ids, no vectors
-    hooks = [modules[m].register_forward_pre_hook(watch(n)) for n, m in owners.items()
+    hooks = [modules[m].register_forward_pre_hook(functools.partial(watch, n)) for n, m in owners.items()
              if m in modules and not isinstance(modules[m], nn.Embedding)]
     model.looping = cfg.num_loops > 0
     with torch.compiler.set_stance("force_eager"):
@@ -2583,11 +2556,6 @@ def collect_hessians(model: GPT, cfg: Config, batches: list[Batch], run: Run) ->
 
 
 SLOPE_TOKENS = 4096  # of each calibration batch
-
-
-def beginning(batch: Batch, tokens: int) -> Batch:
-    """The first tokens of a row; segments behind them become empty."""
-    return Batch(batch.ids[:tokens], batch.targets[:tokens], batch.pos[:tokens], batch.cu.clamp(max=tokens), batch.longest)
 
 
 @contextlib.contextmanager
@@ -2636,15 +2604,16 @@ def collect_slopes(model: GPT, cfg: Config, batches: list[Batch], hessians: dict
     # gradients for the embeddings, and so for all activations, but for no other weight
     tables = {n for n, row in rows_of(model, cfg).items() if row.group == "embed"}
     with torch.compiler.set_stance("force_eager"), learning_only(model, tables):
-        for b in (beginning(batch, SLOPE_TOKENS) for batch in batches):
-            z = model.head(model.hidden(b.ids, b.pos, b.cu, b.longest), None, model.input.tok_emb.weight)
+        for b in batches:  # segments behind a row's first tokens become empty
+            h = model.hidden(b.ids[:SLOPE_TOKENS], b.pos[:SLOPE_TOKENS], b.cu.clamp(max=SLOPE_TOKENS), b.longest)
+            z = model.head(h, None, model.input.tok_emb.weight)
             log_p = z.log_softmax(-1)
             p, tokens = log_p.detach().exp(), tokens + len(z)
             flat = 1 - (z.detach() / cfg.logit_softcap) ** 2 if cfg.logit_softcap else 1.0  # of the softcap
             add("head", (p * (1 - p) * flat ** 2).sum(0))
             (-log_p.gather(1, torch.multinomial(p, 1, generator=rng))).sum().backward()
-    for h in hooks:
-        h.remove()
+    for hook in hooks:
+        hook.remove()
     # a parameter that this plan does not use has no gradient, and no slope: SDClip's steps are left to it
     slopes = {n: run.sum_(g) / (counts[n] * run.world) for n, g in sums.items() if n in owners}
     head, use = (run.sum_(sums[n]) / (tokens * run.world) for n in ("head", "input"))
@@ -2686,11 +2655,10 @@ def factor_hessians(h: Tensor) -> Factored:
     diagonal.masked_fill_(dead, 1.0)
     order = diagonal.argsort(dim=1, descending=True, stable=True)  # columns that matter most are rounded first
     h = torch.take_along_dim(torch.take_along_dim(h, order[:, :, None], 1), order[:, None, :], 2)
-    mean = h.diagonal(dim1=1, dim2=2).mean(1)
-    eye = torch.eye(h.shape[-1], device=h.device)
+    ridge = h.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(h.shape[-1], device=h.device)
     for damp in (DAMP, 10 * DAMP, 100 * DAMP):  # more only if fp32 finds the matrix indefinite
         # _ex reports failure without an exception
-        lower, bad = torch.linalg.cholesky_ex(h + damp * mean[:, None, None] * eye)
+        lower, bad = torch.linalg.cholesky_ex(h + damp * ridge)
         if not bad.any():
             upper, bad = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not bad.any():
@@ -2810,8 +2778,8 @@ class Quantizer:
             solved = cfg.quantizer == "gptq" and n in hessians  # without a Hessian there is nothing to feed forward
             batches.setdefault((row.quant, tuple(weights[n].shape), solved), []).append(n)
         self.stacks = [self.stack(kind, names, weights, hessians if solved else {}) for (kind, _, solved), names in batches.items()]
-        if slopes:
-            self.stacks = self.equal_slopes()
+        self.stacks = self.equal_slopes()
+        self.weights = sum(s.w.numel() for s in self.stacks)
         rounded = [n for (_, _, solved), names in batches.items() if not solved for n in names]
         if rounded:
             run.log(f"quantise: {len(rounded)} tensors by plain rounding: {rounded[0]}, ...")
@@ -2844,10 +2812,6 @@ class Quantizer:
             shift, count = shift + s.w[0, 0].numel() * float((s.row.clamp_min(1e-7) / row).log().sum()), count + s.w.numel()
         level = math.exp(shift / max(count, 1))
         return [s if s.column is None else s._replace(row=s.row * level) for s in made]
-
-    @property
-    def weights(self) -> int:
-        return sum(s.w.numel() for s in self.stacks)
 
     def steps(self, s: Stack, coarser: float) -> tuple[Tensor, int]:
         """(rows' steps [N, R] fp16, largest integer)"""
@@ -2884,9 +2848,8 @@ class Quantizer:
         if not self.cfg.lqer_top_k:
             return {}
         errors = {n: s.w[i] - out[n].dense() for s in self.stacks for i, n in enumerate(s.names)}
-        worst = sorted(errors, key=lambda n: (-float(errors[n].norm()), n))[:self.cfg.lqer_top_k]
         made = {}
-        for n in worst:
+        for n in sorted(errors, key=lambda n: (-float(errors[n].norm()), n))[:self.cfg.lqer_top_k]:
             u, s, v = torch.linalg.svd(errors[n], full_matrices=False)
             rank, group = min(self.cfg.lqer_rank, len(s)), math.gcd(v.shape[1], self.cfg.lqer_asym_group)
             # singular values go into the first factor, so that rows of the second are unit vectors
@@ -2919,15 +2882,13 @@ def codecs() -> dict[str, tuple[int, Callable[[bytes], bytes], Callable[[bytes],
 
 def codec_names(wanted: str, run: Run) -> list[str]:
     """Coders to try. A named one that is not installed stops the run: falling back would change the size silently."""
-    have = codecs()
-    if wanted != "auto":
-        if wanted not in have:
-            raise ConfigError(f"COMPRESSOR={wanted} is not installed; pip install -r requirements.txt")
-        return [wanted]
-    missing = [n for n in ("brotli", "zstd") if n not in have]
+    names, have = ("brotli", "zstd", "lzma") if wanted == "auto" else (wanted,), codecs()
+    missing = [n for n in names if n not in have]
+    if missing and wanted != "auto":
+        raise ConfigError(f"COMPRESSOR={wanted} is not installed; pip install -r requirements.txt")
     if missing:
         run.warn(f"COMPRESSOR=auto goes without {', '.join(missing)} (not installed): the artifact may be larger")
-    return [n for n in ("brotli", "zstd", "lzma") if n in have]
+    return [n for n in names if n in have]
 
 
 def encode_section(data: bytes, names: list[str]) -> bytes:
@@ -3078,11 +3039,6 @@ def bits_by_tensor(tensors: dict[str, Quantized]) -> dict[str, float]:
     return {n: float((c * spent).sum()) for n, c in counts.items()}
 
 
-def coded_bits(tensors: dict[str, Quantized]) -> float:
-    """The same of all integers."""
-    return sum(bits_by_tensor(tensors).values())
-
-
 def share_out(total: int, tensors: dict[str, Quantized]) -> dict[str, int]:
     """Bytes of one stream by tensor, in proportion to the entropy of each; the rounding goes to the last."""
     bits = bits_by_tensor(tensors)
@@ -3200,16 +3156,16 @@ def fit_artifact(quantizer: Quantizer, meta: dict, cfg: Config, run: Run) -> tup
     names, code, cap = codec_names(cfg.compressor, run), len(pack_code(SOURCE)), cfg.artifact_max_bytes
     coarser, tries, best, finest = 1.0, [], None, 0.25 if quantizer.slopes else 1.0
     for attempt in range(8):
-        packed = coarser
         tensors, errors = quantizer.solve(coarser)
         data, parts = build_artifact(tensors, quantizer.kept, {**meta, "coarser": coarser}, names, cfg.weight_coder)
-        total, bits = len(data) + code, coded_bits(tensors)  # what is counted is what is written
+        total, bits = len(data) + code, sum(bits_by_tensor(tensors).values())  # what is counted is what is written
         shown = " ".join(f"{k}:{v:.2e}" for k, v in errors.items())
         run.log(f"pack: steps x{coarser:.4f} entropy {bits / quantizer.weights:.3f} bits/weight "
                 f"relative error {shown} total {total} of {cap}")
         run.event("pack", coarser=coarser, total=total, code=code, bits=bits, errors=errors)
+        last = total, data, {"code": code, **parts}, coarser
         if total <= cap and (best is None or total > best[0]):
-            best = total, data, {"code": code, **parts}, coarser
+            best = last
         tries = [*tries, (math.log2(coarser), total)][-2:]
         stuck = total > cap and len(tries) == 2 and abs(tries[1][1] - tries[0][1]) < 1e-4 * cap  # steps at their limits
         if total <= cap and (coarser == finest or total > 0.995 * cap) or stuck:
@@ -3219,9 +3175,8 @@ def fit_artifact(quantizer: Quantizer, meta: dict, cfg: Config, run: Run) -> tup
         octaves = min(max((0.9985 * cap - total) / min(slope, -1.0), -2.0), 2.0)
         coarser = max(coarser * 2 ** octaves, finest)
     if best is None:
-        run.fail(f"artifact does not fit: {total} bytes > {cap} at steps x{packed:.2f}")
-        best = total, data, {"code": code, **parts}, packed
-    return best[1:]
+        run.fail(f"artifact does not fit: {total} bytes > {cap} at steps x{last[-1]:.2f}")
+    return (best or last)[1:]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3403,6 +3358,11 @@ def hint_by_definition(tokens: Tensor, moment: Tensor, order: int, least: float,
     return min(reached, key=reached.get)
 
 
+def with_hint(targets: Tensor, hint: Tensor | None) -> Tensor:
+    """Targets [T], and beside them the hinted tokens [T, 2], whose nats `tilt` needs."""
+    return targets if hint is None else torch.stack((targets, hint.clamp_min(0)), 1)
+
+
 def tilt_logits(logits: Tensor, hint: Tensor, boost: float) -> Tensor:
     """The same as an operation on whole rows [T, V]: what `tilt` must be the closed form of."""
     wanted = torch.arange(logits.shape[-1], device=logits.device) == hint[:, None]
@@ -3444,11 +3404,6 @@ class Ledger:
     def __init__(self, targets: int):
         self.when, self.now = np.full(targets, -1, np.int32), 0
         self.targets, self.learned, self.mass_error, self.sampled = targets, 0, 0.0, 0
-
-    @property
-    def frontier(self) -> int:
-        """The first position that has no score yet."""
-        return int(np.argmax(np.append(self.when < 0, True)))
 
     def score(self, windows: np.ndarray) -> None:
         """Book windows [n, 3] (start, end, first scored) before their forward pass, in stream order."""
@@ -3574,7 +3529,8 @@ class Scorer:
             rows = scored + np.repeat(place, part[:, 1] - part[:, 2])
             at, rows = (torch.from_numpy(x).to(self.run.device) for x in (scored, rows))
             hint = self.hint_rows(len(batch.ids), at, rows)
-            nll = self.tilted(self.model.nll(*self.with_hint(batch, hint)), hint, batch.targets)
+            asked = batch._replace(targets=with_hint(batch.targets, hint))
+            nll = self.tilted(self.model.nll(*asked), hint, batch.targets)
             if i == 0:
                 self.sample_mass(batch, nll, hint)
             self.nll[at] = nll[rows]
@@ -3620,11 +3576,6 @@ class Scorer:
         hint = torch.full((count,), -1, device=at.device)
         hint[rows] = self.hints.token[at]
         return hint
-
-    @staticmethod
-    def with_hint(batch: Batch, hint: Tensor | None) -> Batch:
-        """Ask for the nats of the hinted token too."""
-        return batch if hint is None else batch._replace(targets=torch.stack((batch.targets, hint.clamp_min(0)), 1))
 
     def tilted(self, nats: Tensor, hint: Tensor | None, target: Tensor) -> Tensor:
         """The nats that count: [T] as they are, or [T, 2] (target, hint) tilted."""
@@ -3699,9 +3650,8 @@ class Adapter:
         self.saved = [p.detach().clone() for p in self.params]  # the artifact's weights come back afterwards
         # Polyak: scores read an average of the weights, training goes on from the weights themselves
         self.average = [p.detach().clone() for p in self.params] if cfg.ttt_polyak else []
-        kinds = {"sgd": lambda ps: torch.optim.SGD(ps, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum),
-                 "adamw": lambda ps: torch.optim.AdamW(ps, lr=cfg.ttt_lr, weight_decay=0.0)}
-        self.optimizer = kinds[cfg.ttt_optimizer](self.params)
+        self.optimizer = (torch.optim.SGD(self.params, cfg.ttt_lr, cfg.ttt_momentum) if cfg.ttt_optimizer == "sgd" else
+                          torch.optim.AdamW(self.params, cfg.ttt_lr, weight_decay=0.0))
         self.row = self.mask = self.replay = None  # a recorded row: its tokens, their weights, what is done with them
         self.grads = [torch.zeros_like(p) for p in self.params]
 
@@ -3770,7 +3720,9 @@ class Adapter:
         # a document that is not followed by its own next token ends here, whether or not documents see each other
         jumps = np.flatnonzero(np.diff(at) != 1) + 1
         cu = cut_segments(ids, np.union1d(pieces, jumps), self.cfg.eval_seq_len, self.val.isolate)
-        batch = make_batch(ids, targets, cu, self.cfg.eval_seq_len, self.run, self.room(width))
+        # a static number of segments on a GPU: a document every 32 tokens, or what a row has needed so far
+        room = max(64, width // 32, len(self.row.cu) - 1 if self.row else 0) if self.run.gpu else 0
+        batch = make_batch(ids, targets, cu, self.cfg.eval_seq_len, self.run, room)
         mask = torch.from_numpy(np.pad(weight, (0, pad)).astype(np.float32)).to(self.run.device)  # padding earns no gradient
         # a row with more segments than any before it is recorded anew
         if self.row is None or self.row.cu.shape != batch.cu.shape:
@@ -3785,10 +3737,6 @@ class Adapter:
         found = torch.autograd.grad(loss, self.params, allow_unused=True)  # an idle skip row has none
         pairs = [(g, f) for g, f in zip(self.grads, found) if f is not None]
         torch._foreach_add_(*map(list, zip(*pairs)))
-
-    def room(self, width: int) -> int:
-        """Static number of segments on a GPU, for a document every 32 tokens or what a row has needed so far."""
-        return max(64, width // 32, len(self.row.cu) - 1 if self.row else 0) if self.run.gpu else 0
 
 
 def group_chunks(windows: np.ndarray, tokens: int) -> list[np.ndarray]:
@@ -4055,13 +4003,12 @@ class DocumentScorer:
         target = self.tokens[(inner + 1).clamp(0, self.val.targets)].flatten()
         h, weight = self.model.hidden(ids.flatten(), pos.flatten(), None, chunk, memory), self.model.input.tok_emb.weight
         hint = None if self.hints is None else self.hints[torch.where(real, inner, self.val.targets)].flatten()
-        asked = target if hint is None else torch.stack((target, hint.clamp_min(0)), 1)
-        nats = self.model.head(h, asked, weight, memory.head)
+        nats = self.model.head(h, with_hint(target, hint), weight, memory.head)
         counted = self.scorer.tilted(nats.detach(), hint, target).view(n, -1)
         self.nll[torch.where(real, inner, self.val.targets)] = counted
         rows = slice(back, back + chunk)  # slot 0's
         with torch.no_grad():
-            logits = self.model.head(h[rows], None, weight, memory.head.of_slot(0))
+            logits = self.model.head(h[rows], None, weight, memory.head.of_first())
             logits = logits if hint is None else tilt_logits(logits, hint[rows], self.cfg.ngram_tilt_boost)
         sample = logits, target[rows], counted[0, rows]
         # the same forward was scored above; from here on it may change the adapters
@@ -4211,9 +4158,7 @@ def write_document_losses(score: Score, val: ValidationSet, path: Path) -> None:
     starts = val.starts[val.starts < val.targets]
     sums = {name: np.add.reduceat(x, starts) for name, x in
             (("nats", score.nats), ("tokens", np.ones(val.targets, np.int64)), ("bytes", val.bytes))}
-    box = io.BytesIO()
-    np.savez(box, **sums)
-    write_atomic(path, box.getvalue())
+    write_atomic(path, lambda file: np.savez(file, **sums))
 
 
 def diagnose(model: GPT, val: ValidationSet, cfg: Config, run: Run, label: str) -> Score:
@@ -4266,16 +4211,13 @@ class Watch:
                            + " ".join(f"{k} {v:.4g};" for k, v in self.optimizers.group_norms().items()))
         done = step + 1
         if done <= 10 or done % self.cfg.train_log_every == 0:
-            self.log(done, loss, norm, now, tokens)
-
-    def log(self, done: int, loss: float, norm: float, now: float, tokens: int) -> None:
-        """The baseline's line, then tokens a second over the last reads and the time left."""
-        pace = self.pace() or now / done
-        left = min((self.cfg.iterations - done) * pace,
-                   max(self.cfg.max_wallclock_seconds - now, 0) if self.cfg.timed else math.inf)
-        self.run.log(f"step:{done}/{self.cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * now:.0f}ms "
-                     f"step_avg:{1000 * now / done:.2f}ms tok/s:{tokens / pace:.0f} left:{left:.0f}s")
-        self.run.event("train", step=done, loss=loss, norm=norm, seconds=now)
+            # the baseline's line, then tokens a second over the last reads and the time left
+            pace = self.pace() or now / done
+            left = min((self.cfg.iterations - done) * pace,
+                       max(self.cfg.max_wallclock_seconds - now, 0) if self.cfg.timed else math.inf)
+            self.run.log(f"step:{done}/{self.cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * now:.0f}ms "
+                         f"step_avg:{1000 * now / done:.2f}ms tok/s:{tokens / pace:.0f} left:{left:.0f}s")
+            self.run.event("train", step=done, loss=loss, norm=norm, seconds=now)
 
     def pace(self) -> float:
         """Seconds a step lately."""
@@ -4289,10 +4231,6 @@ class Checkpoints:
         self.names = [n for n, _ in model.named_parameters()]
         self.average, self.cfg, self.run = average, cfg, run
         self.pool, self.written, self.held, self.last = ThreadPoolExecutor(1), None, None, 0.0
-
-    @property
-    def path(self) -> Path:
-        return self.run.path(".ckpt")
 
     def save(self, step: int, now: float) -> None:
         """Snapshot now, write later. Rank 0 only; not finite means not saved."""
@@ -4309,9 +4247,7 @@ class Checkpoints:
             self.written, self.held = self.pool.submit(self.write, self.held), None
 
     def write(self, content: dict) -> None:
-        box = io.BytesIO()
-        torch.save(content, box)
-        write_atomic(self.path, box.getvalue())
+        write_atomic(self.run.path(".ckpt"), functools.partial(torch.save, content))
 
     def wait(self) -> None:
         if self.written is not None:
@@ -4321,7 +4257,7 @@ class Checkpoints:
 def train_step(model: GPT, optimizers: Optimizers, batches: list[Batch], v: Values) -> tuple[Tensor, Tensor]:
     """One optimiser step over this rank's micro-batches; (mean loss, gradient norm), both on the device."""
     model.looping = v.looping
-    optimizers.zero_grad()  # not after the step: the report of a run that goes wrong reads gradients
+    model.zero_grad()  # not after the step: the report of a run that goes wrong reads gradients
     total = 0.0
     for batch in batches:
         loss = model.nll(*batch).mean() / len(batches)  # micro-batches are equally long: a mean of means
@@ -4631,7 +4567,6 @@ def job(cfg: Config, run: Run, stored: dict | None) -> None:
         return tool("records", "bench").doctor(sys.modules[__name__], model, cfg, run, stream)
     if cfg.mode == "bench":
         return tool("records", "bench").bench(sys.modules[__name__], model, cfg, run, stream, val, tokenizer)
-    total = None
     if stored is not None:
         run.log(f"weights from {stored['path']}")
     if cfg.mode == "pack":
@@ -4639,15 +4574,11 @@ def job(cfg: Config, run: Run, stored: dict | None) -> None:
     if cfg.mode == "train":
         run.log(f"train_shards: {len(stream.shards)} train_tokens: {stream.tokens}")
         train_and_average(model, cfg, run, stream, val)
-    if cfg.mode in ("train", "pack"):
-        stored = pack(model, cfg, run, stream, tokenizer, val)
-        total = len(stored) + len(pack_code(SOURCE))
-    else:
-        total = stored["path"].stat().st_size + len(pack_code(SOURCE))
-        if total > cfg.artifact_max_bytes:
-            run.fail(f"artifact does not fit: {total} bytes > {cfg.artifact_max_bytes}")
-        stored = stored["data"]
-    finish(cfg, run, score_artifact(stored, model, cfg, run, val), total)
+    data = stored["data"] if cfg.mode == "eval" else pack(model, cfg, run, stream, tokenizer, val)
+    total = len(data) + len(pack_code(SOURCE))
+    if cfg.mode == "eval" and total > cfg.artifact_max_bytes:  # packing says so itself
+        run.fail(f"artifact does not fit: {total} bytes > {cfg.artifact_max_bytes}")
+    finish(cfg, run, score_artifact(data, model, cfg, run, val), total)
 
 
 def train_and_average(model: GPT, cfg: Config, run: Run, stream: TrainStream, val: ValidationSet) -> None:

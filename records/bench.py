@@ -260,7 +260,7 @@ def bench(tg, model, cfg, run, stream, val, tokenizer) -> None:
         used = step_flops(model, cfg, batches, looping) / seconds / ceiling[1]
         run.log(f"model FLOP utilisation {'with' if looping else 'without'} recurrence: {used:.1%} of the measured product rate")
     table = kernel_table(tg, model, cfg, run, batches[0], ceiling)
-    optimizers.zero_grad()
+    model.zero_grad()
     tg.initialize(model, cfg)  # the probes have moved the weights
     model.looping = cfg.num_loops > 0
     later = after_training(tg, model, cfg, run, stream, val, tokenizer)

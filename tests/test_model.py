@@ -302,7 +302,7 @@ def test_hash_embedding_is_alive_from_the_first_step(run):
         if step == 0:
             assert bigram.table.weight.grad.any() or bigram.proj.weight.grad.any()
         optimizers.step(tg.Values(1.0, 0.9, False))
-        optimizers.zero_grad()
+        model.zero_grad()
     for before, after in zip(start, (bigram.table.weight, bigram.proj.weight)):
         assert (after - before).norm() > 1e-3
 

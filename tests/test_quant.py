@@ -17,6 +17,11 @@ from toy import one_thread, quiet_run, run, tg  # noqa: F401 (fixtures)
 CODERS = sorted(tg.codecs())
 
 
+def coded_bits(tensors) -> float:
+    """Entropy of all integers given their scales."""
+    return sum(tg.bits_by_tensor(tensors).values())
+
+
 def small(**knobs):
     return toy.small(**{"bigram_vocab_size": 37, **knobs})
 
@@ -215,17 +220,17 @@ def test_gptq_lowers_the_output_error_of_every_matrix(run):
 
 def test_coarser_steps_cost_fewer_bits(run):
     q = quantizer(small(), run)
-    bits = [tg.coded_bits(q.solve(c)[0]) / q.weights for c in (1.0, 2.0, 4.0)]
+    bits = [coded_bits(q.solve(c)[0]) / q.weights for c in (1.0, 2.0, 4.0)]
     assert bits[0] > bits[1] > bits[2] and bits[0] - bits[1] == pytest.approx(1.0, abs=0.2)
 
 
 def test_coded_bits_is_the_entropy_given_the_scales():
     q = torch.tensor([[-1, -1, 1, 1], [1, -1, 1, -1], [64, -64, 64, -64], [0, 0, 0, 0]], dtype=torch.int8)
     # one scale a row, and no column differs: a bit a weight in three rows, and rows of zeros are free
-    assert tg.coded_bits({"w": tg.Quantized(q, torch.ones(4).half())}) == pytest.approx(12)
+    assert coded_bits({"w": tg.Quantized(q, torch.ones(4).half())}) == pytest.approx(12)
     wide = q[:2] * torch.tensor([1, 1, 64, 64], dtype=torch.int8)  # a scale of columns is known too: signs are what is left
     quarter = 0.25 * 2 + 0.75 * math.log2(4 / 3)  # in narrow and in wide columns one of four has the other sign
-    assert tg.coded_bits({"w": tg.Quantized(wide, torch.ones(2).half())}) == pytest.approx(8 * quarter)
+    assert coded_bits({"w": tg.Quantized(wide, torch.ones(2).half())}) == pytest.approx(8 * quarter)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -289,7 +294,7 @@ def at_bits(q, bits):
     low, high = 0.125, 8.0
     while high / low > 1.0005:
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if tg.coded_bits(q.solve(middle)[0]) > bits else (low, middle)
+        low, high = (middle, high) if coded_bits(q.solve(middle)[0]) > bits else (low, middle)
     return high
 
 
@@ -300,7 +305,7 @@ def test_fishers_steps_cost_fewer_nats_at_equal_bits(run):
     q, hessians, slopes = fisher(cfg, run, model)
     plain = tg.Quantizer(model, cfg, hessians, run)
     tensors, _ = plain.solve()
-    level = at_bits(q, tg.coded_bits(tensors))
+    level = at_bits(q, coded_bits(tensors))
     nats = []
     for out in (tensors, q.solve(level)[0]):
         wrong = {n: (dict(model.named_parameters())[n].detach() - out[n].dense()) for n in slopes}
@@ -378,12 +383,12 @@ def test_range_coder_walks_along(shapes, plain):
     more, stream = tg.range_sections(tensors)
     back = tg.ranged_integers({n: list(t.q.shape) for n, t in tensors.items()}, [n for n, t in tensors.items() if t.walked], *more, stream)
     assert all(torch.equal(back[n], t.q) for n, t in tensors.items())
-    assert tg.coded_bits(tensors) / 8 < len(stream) < 1.001 * tg.coded_bits(tensors) / 8 + 4 * tg.LANES + 64
+    assert coded_bits(tensors) / 8 < len(stream) < 1.001 * coded_bits(tensors) / 8 + 4 * tg.LANES + 64
 
 
 def test_a_walked_integer_costs_a_bit_less():
     t = trellised(512, 512)
-    assert tg.coded_bits({"w": t._replace(walked=False)}) - tg.coded_bits({"w": t}) == pytest.approx(t.q.numel(), rel=0.01)
+    assert coded_bits({"w": t._replace(walked=False)}) - coded_bits({"w": t}) == pytest.approx(t.q.numel(), rel=0.01)
 
 
 def test_trellis_costs_fewer_nats_at_equal_bits(run):
@@ -394,7 +399,7 @@ def test_trellis_costs_fewer_nats_at_equal_bits(run):
     for rule in ("fisher", "trellis"):
         q, _, _ = fisher(dataclasses.replace(cfg, step_rule=rule), run, model)
         kinds[rule] = {s.w.shape[1] % tg.WALK == 0 for s in q.stacks if s.walks}
-        bits = tg.coded_bits(q.solve()[0]) if rule == "fisher" else bits
+        bits = coded_bits(q.solve()[0]) if rule == "fisher" else bits
         nats[rule] = q.solve(at_bits(q, bits))[1]["nats"]
     assert kinds == {"fisher": set(), "trellis": {True}}
     assert nats["trellis"] < 0.9 * nats["fisher"]
@@ -529,7 +534,7 @@ def test_range_coder_spends_the_entropy_and_knows_rows_by_their_scale():
     """Within a tenth of a percent of the bits that it is said to spend; far below one table for all, and below brotli."""
     tensors = {str(i): gaussians(512, 512, 1.5, i) for i in range(3)}
     more, stream = tg.range_sections(tensors)
-    said = tg.coded_bits(tensors) / 8
+    said = coded_bits(tensors) / 8
     assert said < len(stream) < 1.001 * said + 4 * tg.LANES
     q = torch.cat([t.q.flatten() for t in tensors.values()]).numpy()
     share = np.bincount(q.astype(int) + 128, minlength=256) / q.size
