@@ -164,7 +164,7 @@ class ModelKnobs:
     model_dim: int = knob(512, "width of the residual stream", low=8)
     num_heads: int = knob(8, "query heads", low=1)
     num_kv_heads: int = knob(4, "key/value heads (grouped-query attention)", low=1)
-    mlp_mult: float = knob(4.0, "hidden width of the MLP over MODEL_DIM; the largest share of the bytes", low=0.1)
+    mlp_mult: float = knob(4.5, "hidden width of the MLP over MODEL_DIM; the largest share of the bytes", low=0.1)
     mlp_act: str = knob("leaky_relu2", "leaky_relu2 keeps a gradient on the negative side", ("leaky_relu2", "relu2"))
     tie_embeddings: bool = knob(True, "the head is the embedding; untying costs V*D parameters")
     logit_softcap: float = knob(30.0, "logits are cap*tanh(z/cap); 0: no cap", low=0)
@@ -361,20 +361,20 @@ PR490 = PR430 | dict(
     warmdown_frac=0.2, muon_momentum=0.95, muon_momentum_warmup_start=0.85, muon_momentum_warmup_frac=0.083,
     ema_horizon=0.0553, matrix_bits=6, ttt_lr=1e-4, ttt_chunk_tokens=131072, ttt_polyak=0.0, ttt_byte_weighted=False, mixer="")
 PR1880 = NO_EXTRAS | dict(
-    logit_softcap=15.0, attn_gate="out", smear_gate="post", parallel_residual="one", parallel_start_layer=7, loader="coprime",
-    doc_isolation=False, matrix_lr=0.022, muon_momentum=0.99, muon_momentum_warmup_frac=0.337, muon_coefficients="quintic",
+    mlp_mult=4.0, logit_softcap=15.0, attn_gate="out", smear_gate="post", parallel_residual="one", parallel_start_layer=7,
+    loader="coprime", doc_isolation=False, matrix_lr=0.022, muon_momentum=0.99, muon_momentum_warmup_frac=0.337, muon_coefficients="quintic",
     beta2=0.95, warmdown_frac=0.72, min_lr=0.0, ema_horizon=0.0642, attn_clip_sigmas=12.85, mlp_clip_sigmas=12.85, embed_bits=8,
     embed_clip_sigmas=20.0, gptq_calibration_batches=64, eval_seq_len=2048, ttt_method="chunk")
 PR1693 = NO_EXTRAS | dict(
-    attn_gate="out", smear_gate="post", muon_momentum_warmup_frac=0.306, muon_coefficients="quintic", beta2=0.95,
+    mlp_mult=4.0, attn_gate="out", smear_gate="post", muon_momentum_warmup_frac=0.306, muon_coefficients="quintic", beta2=0.95,
     warmdown_frac=0.75, min_lr=0.0, ema_horizon=0.0583, mlp_clip_sigmas=12.0, embed_clip_sigmas=15.0, eval_seq_len=2048,
     ttt_chunk_size="48", ttt_lora_sites="qkvomh", ttt_lora_rank=96, ttt_lora_alpha=96.0, ttt_beta2=0.999,
     ttt_warm_start_a=False, phased_ttt_num_phases=3, phased_ttt_prefix_docs=2000)
 PR1855 = NO_EXTRAS | dict(
-    gated_attn_quant_gate=True, lqer_top_k=3, eval_seq_len=2048, ttt_chunk_size="48", ttt_lora_sites="qkvomh",
+    mlp_mult=4.0, gated_attn_quant_gate=True, lqer_top_k=3, eval_seq_len=2048, ttt_chunk_size="48", ttt_lora_sites="qkvomh",
     ttt_lora_rank=80, ttt_lora_alpha=144.0, phased_ttt_num_phases=3, phased_ttt_prefix_docs=2500)
 PR2135 = AS_PUBLISHED | dict(
-    matrix_lr=0.028, lqer_top_k=3, lqer_asym_group=32, gptq_calibration_batches=32, eval_seq_len=2560,
+    mlp_mult=4.0, matrix_lr=0.028, lqer_top_k=3, lqer_asym_group=32, gptq_calibration_batches=32, eval_seq_len=2560,
     ttt_chunk_size="48", ttt_lora_rank=80, ttt_lora_alpha=144.0, ttt_lora_lr=8e-5, ttt_weight_decay=2.0, phased_ttt_prefix_docs=2500)
 
 # An empty table: the defaults are the record.
@@ -2824,6 +2824,16 @@ class Quantizer:
         step = torch.maximum(torch.minimum(coarser * s.row, 1.5 * spread), most / 120)
         return on_grid(step / (1 + s.walks)), 127 * (1 + s.walks)  # on a walk every second integer is a symbol
 
+    def plain(self, coarser: float) -> dict[str, Quantized]:
+        """What plain rounding at these steps makes of all tensors: near enough for a count of bits, and quick."""
+        made = {}
+        for s in self.stacks:
+            step, qmax = self.steps(s, coarser)
+            step, column = step * (1 + s.walks), torch.ones_like(s.w[:, 0]) if s.column is None else s.column
+            q = (s.w / (step.float()[..., None] * column[:, None])).round().clamp(-min(qmax, 127), min(qmax, 127)).to(torch.int8)
+            made |= {n: Quantized(q[i], step[i], column[i]) for i, n in enumerate(s.names)}
+        return made
+
     def solve(self, coarser: float = 1.0) -> tuple[dict[str, Quantized], dict[str, float]]:
         """All tensors with every step times `coarser`; also the relative output error of each quantiser column, and predicted nats."""
         out, wrong, total = {}, {}, {}
@@ -3146,6 +3156,19 @@ def pack_code(source: str) -> bytes:
             "exec(compile(s,n,'exec'))\n").encode()
 
 
+def estimate(quantizer: Quantizer, size: float) -> float:
+    """The factor of all steps at which plain rounding comes to `size` bytes: a solve costs seconds, this a tenth of one."""
+    shapes = [s.w.shape for s in quantizer.stacks]
+    # fp16 values, a byte a row and column, manifest and frequencies
+    rest = 12_000 + 2 * sum(p.numel() for p in quantizer.kept.values()) + sum(n * (rows + columns) for n, rows, columns in shapes)
+    coarser = 1.0
+    for _ in range(4):  # each octave saves about a bit a weight
+        bits = sum(bits_by_tensor(quantizer.plain(coarser)).values())
+        octaves = (bits - 8 * (size - rest)) / quantizer.weights
+        coarser = min(max(coarser * 2 ** min(octaves, 2.0), 0.25), 4.0)
+    return coarser
+
+
 def fit_artifact(quantizer: Quantizer, meta: dict, cfg: Config, run: Run) -> tuple[bytes, dict, float]:
     """Pack; while code + model are over the cap, coarsen all steps; Fisher's steps also become finer, to fill it.
     -> (artifact, bytes by part, coarsening).
@@ -3155,6 +3178,8 @@ def fit_artifact(quantizer: Quantizer, meta: dict, cfg: Config, run: Run) -> tup
     """
     names, code, cap = codec_names(cfg.compressor, run), len(pack_code(SOURCE)), cfg.artifact_max_bytes
     coarser, tries, best, finest = 1.0, [], None, 0.25 if quantizer.slopes else 1.0
+    if quantizer.slopes:
+        coarser = estimate(quantizer, 0.9985 * cap - code)
     for attempt in range(8):
         tensors, errors = quantizer.solve(coarser)
         data, parts = build_artifact(tensors, quantizer.kept, {**meta, "coarser": coarser}, names, cfg.weight_coder)
