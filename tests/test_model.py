@@ -385,7 +385,7 @@ def test_plan_of_the_record():
 
 @pytest.mark.parametrize("knobs, count", [
     (dict(), 38829255), (dict(mlp_mult=4.0, attn_gate="out"), 35945671), (dict(preset="baseline"), 17059912),
-    (dict(parallel_residual="one", smear_gate="post", attn_gate="out"), 35945605)], ids=name)
+    (dict(mlp_mult=4.0, parallel_residual="one", smear_gate="post", attn_gate="out"), 35945605)], ids=name)
 def test_parameter_counts(knobs, count):
     env = {"PRESET": "record", **{k.upper(): v for k, v in knobs.items()}}
     with torch.device("meta"):
