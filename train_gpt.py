@@ -4242,7 +4242,7 @@ class Watch:
                        max(self.cfg.max_wallclock_seconds - now, 0) if self.cfg.timed else math.inf)
             self.run.log(f"step:{done}/{self.cfg.iterations} train_loss:{loss:.4f} train_time:{1000 * now:.0f}ms "
                          f"step_avg:{1000 * now / done:.2f}ms tok/s:{tokens / pace:.0f} left:{left:.0f}s")
-            self.run.event("train", step=done, loss=loss, norm=norm, seconds=now)
+            self.run.event("train", step=done, loss=loss, norm=norm, seconds=now, tokens=sum(p[2] for p in self.phases.values()))
 
     def pace(self) -> float:
         """Seconds a step lately."""

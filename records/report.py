@@ -95,7 +95,8 @@ def curves(groups: dict[str, list[runs.Run]]) -> Figure:
     several = len(groups) > 1
     fig, table = figure(12, 7.6, ncols=2, nrows=2) if several else figure(12, 4.2, ncols=3)
     axes = table.flat
-    units = (("steps", lambda r, p: p.step), ("million tokens", lambda r, p: p.step * r.batch / 1e6),
+    # steps need not be equally long; runs that do not tell their tokens are older than that
+    units = (("steps", lambda r, p: p.step), ("million tokens", lambda r, p: (p.tokens or p.step * r.batch) / 1e6),
              ("seconds of training", lambda r, p: p.seconds))
     limits = loss_limits([r for members in groups.values() for r in members])
     for ax, (unit, x) in zip(axes, units):

@@ -37,10 +37,11 @@ class Score:
 
 @dataclass
 class Point:
-    """A training loss: steps done, seconds on the training clock."""
+    """A training loss: steps done, seconds on the training clock, tokens seen (None where the file does not say)."""
     step: int
     loss: float
     seconds: float
+    tokens: int | None = None
 
 
 @dataclass
@@ -163,7 +164,7 @@ def book(run: Run, event: dict) -> None:
         run.recipe, run.source_sha, run.world = (event.pop(k) for k in ("recipe", "source", "world"))
         run.seed, run.config = event["seed"], {k.upper(): v for k, v in event.items()}
     elif kind == "train":
-        run.train.append(Point(event["step"], event["loss"], event["seconds"]))
+        run.train.append(Point(event["step"], event["loss"], event["seconds"], event.get("tokens")))
     elif kind in ("score", "diagnostic"):
         table = run.scores if kind == "score" else run.diagnostics
         table[event["name"]] = Score(event["val_loss"], event["val_bpb"], event["seconds"], event.get("verdict"))

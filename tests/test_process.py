@@ -338,6 +338,9 @@ def test_spans_add_up_to_the_wall_time(whole):
 def test_events_agree_with_the_log(whole):
     told = [(int(s), float(loss)) for s, _, loss, *_ in STEP.findall(whole.log)]
     assert [(e["step"], round(e["loss"], 4)) for e in whole.event("train")] == told
+    seen, batch = [e["tokens"] for e in whole.event("train")], whole.event("config")[0]["train_batch_tokens"]
+    assert seen[0] == batch // 2 and seen == sorted(set(seen)), "the first steps are half as long, and all are counted as they are"
+    assert seen[-1] <= sum(e["tokens"] for e in whole.event("phase")) < batch * sum(e["steps"] for e in whole.event("phase"))
     scores = [[f"{e['val_loss']:.8f}", f"{e['val_bpb']:.8f}"] for e in whole.event("score")]
     assert scores == list(map(list, whole.scores.values()))
     assert whole.event("size")[0]["total"] == whole.number(r"^Total submission size\b.*?: (\d+) bytes")

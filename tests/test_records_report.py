@@ -27,7 +27,8 @@ def events(seed=1, recipe="abc", shift=0.0, **config):
     yield {"event": "config", "recipe": recipe, "source": "0", **base}
     yield {"event": "validation", "documents": 3, "tokens": 100, "bytes": 200, "sha256": "f", "val_docs": 0}
     for step in range(1, 21):
-        yield {"event": "train", "step": step, "loss": 6 - 0.1 * step + shift, "norm": 1.0, "seconds": 0.5 * step}
+        told = {"tokens": 700 * step} if seed > 1 else {}  # an older run does not say
+        yield {"event": "train", "step": step, "loss": 6 - 0.1 * step + shift, "norm": 1.0, "seconds": 0.5 * step, **told}
     for name, bpb in STAGES.items():
         yield {"event": "diagnostic", "name": name, "val_loss": 2 * bpb, "val_bpb": bpb + shift, "seconds": 1.0, "verdict": ""}
     yield {"event": "size", "total": 15_500_000, "model": 15_450_000, "coarser": 1.0, "code": 50_000, "blocks": 15_000_000, "embed": 450_000}
@@ -72,6 +73,8 @@ def test_curves_over_steps_tokens_and_seconds(groups):
     assert [[x for x, _ in line] for line in first] == [list(range(1, 21)), [pytest.approx(s / 1000) for s in range(1, 21)],
                                                         [0.5 * s for s in range(1, 21)]]
     assert all([y for _, y in line] == losses for line in first)
+    # what a run tells of its tokens goes before what its batch would come to
+    assert fig.axes[1].lines[1].get_xdata().tolist() == [pytest.approx(7 * s / 10000) for s in range(1, 21)]
     assert [t.get_text() for t in fig.legends[0].get_texts()] == ["control", "gate"]
     # after a fifth of the run the loss is 5.62: the first fall does not squeeze the rest
     assert 5.6 < fig.axes[0].get_ylim()[1] < 5.8
