@@ -362,8 +362,8 @@ PR490 = PR430 | dict(
     ema_horizon=0.0553, matrix_bits=6, ttt_lr=1e-4, ttt_chunk_tokens=131072, ttt_polyak=0.0, ttt_byte_weighted=False, mixer="")
 PR1880 = NO_EXTRAS | dict(
     mlp_mult=4.0, logit_softcap=15.0, attn_gate="out", smear_gate="post", parallel_residual="one", parallel_start_layer=7,
-    loader="coprime", doc_isolation=False, matrix_lr=0.022, muon_momentum=0.99, muon_momentum_warmup_frac=0.337, muon_coefficients="quintic",
-    beta2=0.95, warmdown_frac=0.72, min_lr=0.0, ema_horizon=0.0642, attn_clip_sigmas=12.85, mlp_clip_sigmas=12.85, embed_bits=8,
+    loader="coprime", doc_isolation=False, matrix_lr=0.022, muon_momentum=0.99, muon_momentum_warmup_frac=0.337,
+    muon_coefficients="quintic", beta2=0.95, warmdown_frac=0.72, min_lr=0.0, ema_horizon=0.0642, attn_clip_sigmas=12.85, mlp_clip_sigmas=12.85, embed_bits=8,
     embed_clip_sigmas=20.0, gptq_calibration_batches=64, eval_seq_len=2048, ttt_method="chunk")
 PR1693 = NO_EXTRAS | dict(
     mlp_mult=4.0, attn_gate="out", smear_gate="post", muon_momentum_warmup_frac=0.306, muon_coefficients="quintic", beta2=0.95,
@@ -1091,6 +1091,7 @@ class TrainStream:
         self.tokens = sum(len(s) for s in self.shards)
         if self.ends[-1] < 1:
             raise SystemExit(f"{cfg.dataset} holds {self.tokens} training tokens, fewer than PACK_TOKENS={self.pack}")
+        self.shares, self.limits = cfg.batch_shares, cfg.seq_limits  # read once
         self.place, self.rooms = 0, {}  # rooms: blocks in a row -> segments that it has room for
         self.pool, self.ahead = ThreadPoolExecutor(1), {}  # the next step is cut while this one runs
         self.order: tuple[int, np.ndarray] = (-1, np.empty(0))
@@ -1112,7 +1113,7 @@ class TrainStream:
         if not self.run.gpu:
             return 0
         picks = np.linspace(0, self.ends[-1] - 1, 64).astype(int)
-        shortest = self.cfg.seq_limits[0][1]  # gives the most segments
+        shortest = self.limits[0][1]  # gives the most segments
         counts = [len(cut_segments(self.block(i)[:-1], np.array([0]), shortest, True)) for i in picks]
         expected = blocks * np.mean(counts) + 6 * np.sqrt(blocks) * np.std(counts)
         return 64 * math.ceil(expected / 64)
@@ -1162,7 +1163,7 @@ class TrainStream:
 
     def get(self, p: float) -> list[Batch]:
         """The next step's batches, at progress p; those of the one after it are made meanwhile on a thread."""
-        blocks, limit = rank_blocks(self.cfg, stage_at(self.cfg.batch_shares, p), self.run.world), stage_at(self.cfg.seq_limits, p)
+        blocks, limit = rank_blocks(self.cfg, stage_at(self.shares, p), self.run.world), stage_at(self.limits, p)
         now, self.place = (self.place, blocks, limit), self.place + blocks * self.run.world
         # a stage that has just begun finds nothing made for it
         batches = self.ahead.pop(now).result() if now in self.ahead else self.cut(*now)
@@ -1350,7 +1351,7 @@ def attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> 
 def ring_view(begin: Tensor, rows: int, window: int) -> Tensor:
     """Who sees whom when S documents go on at positions begin [S] by C rows: [S, C, W + C] bool, W ring cells first.
 
-    reach: how many tokens a row sees at most, itself included. Cell c of the ring holds the last position before `begin` that is c modulo W. Rows at positions below zero (a window
+    Cell c of the ring holds the last position before `begin` that is c modulo W. Rows at positions below zero (a window
     that reaches over the document's start) are seen by nobody but themselves.
     """
     row, cell = (torch.arange(n, device=begin.device) for n in (rows, window))
@@ -1491,7 +1492,6 @@ def attention_cached(q: Tensor, k: Tensor, v: Tensor, past: tuple) -> Tensor:
 
     q [S C, H, E], k and v [S C, K, E], a Past with k and v [S, cells, K, E] -> [S C, H, E]
     """
-    # with a ring, the new rows are one chunk, and no chunk is longer than a window: each sees all new ones before it
     if q.is_cuda and HAVE["triton"] and past.window:
         return CachedAttention.apply(*(x.contiguous() for x in (q, k, v)), past.k, past.v, past.begin, past.window)
     return attention_cached_eager(q, k, v, past)
@@ -2309,7 +2309,7 @@ class Schedules:
     """All schedules of a run, and when each first left its starting value."""
 
     def __init__(self, cfg: Config):
-        self.cfg = cfg
+        self.cfg, self.shares, self.limits = cfg, cfg.batch_shares, cfg.seq_limits  # read once
         # name -> whether this configuration expects it to happen
         self.expected = {"warmdown": cfg.warmdown_frac > 0 and cfg.min_lr < 1, "looping": cfg.num_loops > 0,
                          "momentum_warmup": cfg.muon_momentum_warmup_frac > 0, "swa": cfg.average == "swa",
@@ -2320,13 +2320,13 @@ class Schedules:
         """The values at progress p, noting what fires."""
         c = self.cfg
         lr = lr_multiplier(p, c.warmdown_frac, c.min_lr)
-        v = Values(lr * math.sqrt(stage_at(c.batch_shares, p)),  # noise of a mean over fewer tokens, kept as it was
+        v = Values(lr * math.sqrt(stage_at(self.shares, p)),  # noise of a mean over fewer tokens, kept as it was
                    momentum_at(p, c.muon_momentum_warmup_start, c.muon_momentum, c.muon_momentum_warmup_frac),
                    c.num_loops > 0 and p >= c.enable_looping_at)
         for name, on in (("warmdown", lr < 1), ("looping", v.looping), ("swa", p >= c.swa_start_frac),
                          ("momentum_warmup", v.momentum != c.muon_momentum_warmup_start),
-                         ("seq_schedule", c.train_seq_schedule and p >= c.seq_limits[-2][0]),
-                         ("batch_schedule", c.train_batch_schedule and p >= c.batch_shares[-2][0])):
+                         ("seq_schedule", c.train_seq_schedule and p >= self.limits[-2][0]),
+                         ("batch_schedule", c.train_batch_schedule and p >= self.shares[-2][0])):
             if on:
                 self.fired.setdefault(name, p)
         return v
@@ -2765,6 +2765,11 @@ class Stack(NamedTuple):
     column: Tensor | None
     walks: bool = False
 
+    def scale(self, step: Tensor) -> Tensor:
+        """The step of every weight, by its row's [N, R] and its column's: [N, R, C], or [N, R, 1] where columns have none."""
+        rows = step.float()[..., None]
+        return rows if self.column is None else rows * self.column[:, None]
+
 
 class Quantizer:
     """Holds weights and factored Hessians, so that a search over step sizes pays for factoring once."""
@@ -2829,9 +2834,9 @@ class Quantizer:
         made = {}
         for s in self.stacks:
             step, qmax = self.steps(s, coarser)
-            step, column = step * (1 + s.walks), torch.ones_like(s.w[:, 0]) if s.column is None else s.column
-            q = (s.w / (step.float()[..., None] * column[:, None])).round().clamp(-min(qmax, 127), min(qmax, 127)).to(torch.int8)
-            made |= {n: Quantized(q[i], step[i], column[i]) for i, n in enumerate(s.names)}
+            every = 1 + s.walks  # of a walk's integers, those that are symbols
+            q = (s.w / (every * s.scale(step))).round().clamp(-(qmax // every), qmax // every).to(torch.int8)
+            made |= {n: Quantized(q[i], step[i]) for i, n in enumerate(s.names)}
         return made
 
     def solve(self, coarser: float = 1.0) -> tuple[dict[str, Quantized], dict[str, float]]:
@@ -2839,7 +2844,7 @@ class Quantizer:
         out, wrong, total = {}, {}, {}
         for s in self.stacks:
             step, qmax = self.steps(s, coarser)
-            scale = step.float()[..., None] if s.column is None else step.float()[..., None] * s.column[:, None]
+            scale = s.scale(step)
             q = (gptq(s.w, s.factors, step.float(), qmax, s.column, s.walks) if s.factors is not None else
                  (s.w / scale).round().clamp(-qmax, qmax).to(torch.int8))
             out |= {n: Quantized(q[i], step[i], None if s.column is None else s.column[i].half(), s.walks)
@@ -3156,15 +3161,17 @@ def pack_code(source: str) -> bytes:
             "exec(compile(s,n,'exec'))\n").encode()
 
 
-def estimate(quantizer: Quantizer, size: float) -> float:
-    """The factor of all steps at which plain rounding comes to `size` bytes: a solve costs seconds, this a tenth of one."""
+def side_bytes(quantizer: Quantizer) -> int:
+    """About what an artifact holds beside its integers: fp16 values, a byte a row and column, manifest and frequencies."""
     shapes = [s.w.shape for s in quantizer.stacks]
-    # fp16 values, a byte a row and column, manifest and frequencies
-    rest = 12_000 + 2 * sum(p.numel() for p in quantizer.kept.values()) + sum(n * (rows + columns) for n, rows, columns in shapes)
+    return 12_000 + 2 * sum(p.numel() for p in quantizer.kept.values()) + sum(n * (rows + columns) for n, rows, columns in shapes)
+
+
+def estimate(quantizer: Quantizer, wanted: float) -> float:
+    """The factor of all steps at which plain rounding comes to `wanted` bits: quick beside a solve, so the search begins there."""
     coarser = 1.0
     for _ in range(4):  # each octave saves about a bit a weight
-        bits = sum(bits_by_tensor(quantizer.plain(coarser)).values())
-        octaves = (bits - 8 * (size - rest)) / quantizer.weights
+        octaves = (sum(bits_by_tensor(quantizer.plain(coarser)).values()) - wanted) / quantizer.weights
         coarser = min(max(coarser * 2 ** min(octaves, 2.0), 0.25), 4.0)
     return coarser
 
@@ -3177,9 +3184,8 @@ def fit_artifact(quantizer: Quantizer, meta: dict, cfg: Config, run: Run) -> tup
     percent below the cap is near enough.
     """
     names, code, cap = codec_names(cfg.compressor, run), len(pack_code(SOURCE)), cfg.artifact_max_bytes
-    coarser, tries, best, finest = 1.0, [], None, 0.25 if quantizer.slopes else 1.0
-    if quantizer.slopes:
-        coarser = estimate(quantizer, 0.9985 * cap - code)
+    goal, tries, best, finest = 0.9985 * cap, [], None, 0.25 if quantizer.slopes else 1.0
+    coarser = estimate(quantizer, 8 * (goal - code - side_bytes(quantizer))) if quantizer.slopes else 1.0
     for attempt in range(8):
         tensors, errors = quantizer.solve(coarser)
         data, parts = build_artifact(tensors, quantizer.kept, {**meta, "coarser": coarser}, names, cfg.weight_coder)
@@ -3197,7 +3203,7 @@ def fit_artifact(quantizer: Quantizer, meta: dict, cfg: Config, run: Run) -> tup
             break
         slope = -quantizer.weights / 8 if len(tries) < 2 else (tries[1][1] - tries[0][1]) / (tries[1][0] - tries[0][0])
         # never so far that steps lose their meaning
-        octaves = min(max((0.9985 * cap - total) / min(slope, -1.0), -2.0), 2.0)
+        octaves = min(max((goal - total) / min(slope, -1.0), -2.0), 2.0)
         coarser = max(coarser * 2 ** octaves, finest)
     if best is None:
         run.fail(f"artifact does not fit: {total} bytes > {cap} at steps x{last[-1]:.2f}")

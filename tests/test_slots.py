@@ -63,10 +63,11 @@ def test_without_learning_it_scores_like_windows(cache, env, tmp_path):
 def test_slots_side_by_side_equal_slots_alone(env, tmp_path):
     """The score does not depend on which documents happen to be computed together."""
     model, cfg, run = build(tmp_path, **env)
+    # AdamW without a first moment turns the rounding of a gradient that is zero into a whole step: here such ones stay zero
+    model.renew = lambda theta, grad, *rest: tg.renew_rows(theta, grad * (grad.abs() > 1e-6), *rest)
     together = tg.score_documents(model, Documents(), cfg, run, 0.0)
     alone = [step_by_step(model, cfg, run, Documents(), s) for s in range(cfg.ttt_slots)]
-    # not to the last digit: AdamW without a first moment turns the rounding of a gradient that is zero into a whole step
-    assert float(sum(alone).double().mean()) == pytest.approx(together.val_loss, abs=2e-4)
+    assert float(sum(alone).double().mean()) == pytest.approx(together.val_loss, abs=1e-5)
 
 
 def step_by_step(model, cfg, run, docs, slot):
