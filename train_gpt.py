@@ -748,6 +748,9 @@ class Run:
         self.log(f"run_id:{self.id} mode:{cfg.mode} preset:{cfg.preset} recipe:{cfg.recipe_hash()} seed:{cfg.seed}")
         self.log(f"{versions} | {device} | world_size:{self.world} | source sha256:{sha256(SOURCE.encode())}")
         self.log(f"available: {' '.join(k for k, v in HAVE.items() if v) or 'nothing optional'}")
+        asked = shell_environment().get("CUDA_VISIBLE_DEVICES")
+        if asked and not HAVE["cuda"]:  # a device number that does not exist here would train on the CPU for days
+            self.warn(f"CUDA_VISIBLE_DEVICES={asked}, but torch sees no GPU: this process runs on the CPU")
         for line in cfg.describe():
             self.files[0].write(line + "\n")
         changed = [line[2:] for line in cfg.describe() if line[0] == "*"]
@@ -2555,7 +2558,7 @@ def collect_hessians(model: GPT, cfg: Config, batches: list[Batch], run: Run) ->
     return {n: run.sum_(h).div_(tokens) for n, h in sums.items()}
 
 
-SLOPE_TOKENS = 4096  # of each calibration batch
+SLOPE_TOKENS, SLOPE_LONGEST = 4096, 16384  # of each calibration batch on average, in rows of at most so many
 
 
 @contextlib.contextmanager
@@ -2603,9 +2606,11 @@ def collect_slopes(model: GPT, cfg: Config, batches: list[Batch], hessians: dict
     tokens = 0
     # gradients for the embeddings, and so for all activations, but for no other weight
     tables = {n for n, row in rows_of(model, cfg).items() if row.group == "embed"}
+    # few long rows instead of many short ones: an eager pass takes as long to launch whatever its length
+    most = SLOPE_LONGEST
     with torch.compiler.set_stance("force_eager"), learning_only(model, tables):
-        for b in batches:  # segments behind a row's first tokens become empty
-            h = model.hidden(b.ids[:SLOPE_TOKENS], b.pos[:SLOPE_TOKENS], b.cu.clamp(max=SLOPE_TOKENS), b.longest)
+        for b in batches[::max(min(len(batches[0].ids), most) // SLOPE_TOKENS, 1)]:  # segments behind `most` become empty
+            h = model.hidden(b.ids[:most], b.pos[:most], b.cu.clamp(max=most), b.longest)
             z = model.head(h, None, model.input.tok_emb.weight)
             log_p = z.log_softmax(-1)
             p, tokens = log_p.detach().exp(), tokens + len(z)
@@ -4310,7 +4315,7 @@ def graphs(cfg: Config, world: int) -> list[tuple[float, bool]]:
 def warm_up(model: GPT, optimizers: Optimizers, stream: TrainStream, cfg: Config, run: Run) -> float:
     """Run real steps on all graphs so that everything is compiled, then put parameters and optimisers back.
 
-    Also times one calibration batch; returns the seconds to keep for the Hessians at the end.
+    Also times some calibration batches; returns the seconds to keep for the Hessians at the end.
     """
     saved = [p.detach().clone() for p in model.parameters()]
     for share, looping in graphs(cfg, run.world):
@@ -4326,10 +4331,10 @@ def warm_up(model: GPT, optimizers: Optimizers, stream: TrainStream, cfg: Config
     with run.clock.span("reserve probe"):
         for _ in range(2):  # the first also chooses kernels and takes memory
             start = run.clock.read()
-            calibrate(model, cfg, stream.make(0)[:1], stream, run)
+            calibrate(model, cfg, stream.make(0)[:1] * 4, stream, run)  # as many as share one pass for slopes
             run.clock.switch("reserve probe")
-        one = run.clock.read() - start
-    return run.agree(0.5 + 1.2 * one * cfg.gptq_calibration_batches)
+        part = run.clock.read() - start
+    return run.agree(0.5 + 1.1 * part * max(cfg.gptq_calibration_batches / 4, 1))
 
 
 def train(model: GPT, cfg: Config, run: Run, stream: TrainStream, val: ValidationSet) -> Average:

@@ -250,6 +250,7 @@ def after_training(tg, model, cfg, run, stream, val, tokenizer) -> dict[str, flo
 def bench(tg, model, cfg, run, stream, val, tokenizer) -> None:
     """Everything, as lines of the log and as one JSON file."""
     import torch
+    saved = [p.detach().clone() for p in model.parameters()]  # the probes below move the weights
     rates, batches = doctor(tg, model, cfg, run, stream), stream.make(0)
     optimizers = tg.Optimizers(model, cfg, run)
     tg.train_step(model, optimizers, batches[:1], tg.Values(1.0, cfg.muon_momentum, False))
@@ -261,7 +262,8 @@ def bench(tg, model, cfg, run, stream, val, tokenizer) -> None:
         run.log(f"model FLOP utilisation {'with' if looping else 'without'} recurrence: {used:.1%} of the measured product rate")
     table = kernel_table(tg, model, cfg, run, batches[0], ceiling)
     model.zero_grad()
-    tg.initialize(model, cfg)  # the probes have moved the weights
+    for p, s in zip(model.parameters(), saved):
+        p.data.copy_(s)
     model.looping = cfg.num_loops > 0
     later = after_training(tg, model, cfg, run, stream, val, tokenizer)
     peak = torch.cuda.max_memory_allocated() >> 20 if run.gpu else None

@@ -3,6 +3,9 @@
 Run on a CUDA machine: python -m pytest tests/gpu -q. Elsewhere every test skips; CI covers the eager twins.
 """
 import importlib.util
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -151,3 +154,14 @@ def test_compiled_and_fused_equal_eager(scope, kernels, run):
         a, b = grads[("none", "eager"), looping], grads[(scope, kernels), looping]
         assert abs(float(a[0] - b[0])) < 5e-3
         assert relative(torch.cat([x.flatten() for x in a[1:]]), torch.cat([x.flatten() for x in b[1:]])) < 5e-2
+
+
+def test_bench_measures_to_its_end(corpus, tmp_path):
+    """MODE=bench as a user starts it, on a small network: kernels, optimiser, Hessians, packing and every pass."""
+    program = Path(__file__).parents[2] / "train_gpt.py"
+    knobs = dict(PRESET="smoke", MODE="bench", RUN_ID="bench", ARTIFACT_DIR=str(tmp_path), MODEL_DIM="128", NUM_HEADS="2",
+                 NUM_KV_HEADS="1", TRAIN_BATCH_TOKENS="16384", MICRO_BATCH_TOKENS="8192", VAL_DOCS="8", **corpus.env)
+    ended = subprocess.run([sys.executable, program], env=os.environ | knobs, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-2000:]
+    told = json.loads((tmp_path / "bench.bench.json").read_text())
+    assert {"hessians", "quantise and pack", "pass full tok/s", "pass ttt tok/s"} <= set(told["later"])
