@@ -888,7 +888,7 @@ def report_budgets(run: Run, cfg: Config) -> None:
     run.log("spans: " + " ".join(f"{k.replace(' ', '_')}:{v:.2f}s" for k, v in spans.items())
             + f" sum:{sum(spans.values()):.2f}s wall:{wall:.2f}s")
     for label, names, cap in (("train", TRAIN_SPANS, cfg.max_wallclock_seconds), ("eval", EVAL_SPANS, cfg.eval_wallclock_seconds)):
-        used = run.clock.read(*names)
+        used = run.agree(run.clock.read(*names))  # one verdict on all ranks
         run.log(f"budget {label}: {used:.2f}s of {f'{cap:.0f}s' if cap else 'no limit'}")
         if cap and used > cap and (label == "eval" or cfg.timed):
             run.fail(f"{label} budget overrun: {used:.2f}s > {cap:.0f}s")
@@ -1572,6 +1572,10 @@ def choose_attention(cfg: Config, run: Run) -> Callable:
         if not problem:
             break
         passed_over.append(f"{name}: {problem}")
+    votes = run.sum_(torch.eye(len(ATTENTION))[list(ATTENTION).index(name)])  # all ranks would go at the slowest one's pace
+    if votes.count_nonzero() > 1:
+        raise RuntimeError(f"ranks chose different attention kernels: {dict(zip(ATTENTION, votes.int().tolist()))}; here "
+                           f"{name}, {'; '.join(passed_over)}. ATTN_BACKEND names one for all")
     run.log(f"attention:{name} (first that works; passed over {'; '.join(passed_over) or 'none'})")
     if run.gpu and name in ("sdpa", "eager"):
         run.warn(f"attention falls back to {name}, several times slower than a varlen kernel")
@@ -2311,8 +2315,10 @@ class Values(NamedTuple):
 class Schedules:
     """All schedules of a run, and when each first left its starting value."""
 
-    def __init__(self, cfg: Config):
-        self.cfg, self.shares, self.limits = cfg, cfg.batch_shares, cfg.seq_limits  # read once
+    def __init__(self, cfg: Config, world: int = 1):
+        self.cfg, self.limits, whole = cfg, cfg.seq_limits, rank_blocks(cfg, 1.0, world)  # read once
+        # as rounding to whole blocks has made them
+        self.shares = [(until, rank_blocks(cfg, share, world) / whole) for until, share in cfg.batch_shares]
         # name -> whether this configuration expects it to happen
         self.expected = {"warmdown": cfg.warmdown_frac > 0 and cfg.min_lr < 1, "looping": cfg.num_loops > 0,
                          "momentum_warmup": cfg.muon_momentum_warmup_frac > 0, "swa": cfg.average == "swa",
@@ -3785,7 +3791,8 @@ def group_chunks(windows: np.ndarray, tokens: int) -> list[np.ndarray]:
 def budget_is_short(cfg: Config, run: Run, reserve: float) -> bool:
     """Whether adaptation must stop, so that `reserve` seconds of EVAL_WALLCLOCK_SECONDS are left for plain scoring."""
     run.clock.sync()  # the device queue is far behind the host's clock
-    return cfg.eval_wallclock_seconds > 0 and run.agree(run.clock.read(*EVAL_SPANS)) + reserve > cfg.eval_wallclock_seconds
+    # clock and reserve are rank 0's: ranks that do not stop together wait for each other forever
+    return cfg.eval_wallclock_seconds > 0 and run.agree(run.clock.read(*EVAL_SPANS) + reserve) > cfg.eval_wallclock_seconds
 
 
 def score_adapting(model: GPT, val: ValidationSet, cfg: Config, run: Run, reserve: float = 0.0) -> Score:
@@ -4056,8 +4063,11 @@ class DocumentScorer:
         self.slots.learn(grad, learns)
         return sample
 
-    def learn_globally(self, adapter: Adapter) -> None:
-        """Train the network itself on all documents scored so far, longest first: one epoch with a cosine (PR #1610)."""
+    def learn_globally(self, adapter: Adapter, give_up: Callable[[], bool]) -> bool:
+        """Train the network itself on all documents scored so far, longest first: one epoch with a cosine (PR #1610).
+
+        False when time is up.
+        """
         cfg, spans = adapter.cfg, self.val.sequences
         spans = spans[self.scorer.ledger.when[spans[:, 1] - 1] >= 0]  # documents whose last token has its score
         spans = spans[np.argsort(spans[:, 0] - spans[:, 1], kind="stable")]
@@ -4067,10 +4077,13 @@ class DocumentScorer:
         try:
             with deterministic(cfg):
                 for i, at in enumerate(starts):
+                    if give_up():
+                        return False
                     end = min(at + cfg.ttt_chunk_tokens, len(adapter.order))
                     adapter.learn(at, end, cfg.ttt_lr * cosine_to_zero(i, len(starts)))
         finally:
             self.model.run = compiled
+        return True
 
     def finish_plain(self) -> None:
         """Score what is left with fixed weights: the budget is met, adaptation is not."""
@@ -4121,10 +4134,8 @@ def score_documents(model: GPT, val: ValidationSet, cfg: Config, run: Run, reser
         for i, phase in enumerate(scorer.plan):
             with frozen(model, scorer.copies):
                 going = all(scorer.run_stage(stage, give_up) for stage in phase)
-            if not going:
+            if not going or i + 1 < len(scorer.plan) and not scorer.learn_globally(adapter, give_up):
                 break
-            if i + 1 < len(scorer.plan):
-                scorer.learn_globally(adapter)
         if (scorer.scorer.ledger.when < 0).any():
             scorer.finish_plain()
     scorer.units.clear()  # recorded steps hold the scorer, and with it every slot's state
@@ -4142,9 +4153,13 @@ def deterministic(cfg: Config, wanted: bool = True):
         torch.use_deterministic_algorithms(cfg.deterministic)
 
 
-def random_documents(val: ValidationSet, cfg: Config) -> ValidationSet:
-    """Random tokens shaped like a validation set: documents of every chunk size, and enough tokens to learn from twice."""
-    lengths = [cfg.eval_seq_len + 100] + [int(min(limit, cfg.eval_seq_len)) for limit, _ in cfg.ttt_chunks]
+def random_documents(val: ValidationSet, cfg: Config, world: int) -> tuple[ValidationSet, Config]:
+    """Random tokens shaped like a validation set, and the knobs to score them with: a row for every rank to learn from
+    between phases, documents of every chunk size in every slot of the real set, and enough tokens to learn from twice."""
+    lows, slots = [0] + [limit for limit, _ in cfg.ttt_chunks], slot_count(val.sequences, cfg)
+    lengths = [cfg.eval_seq_len + 100] * world
+    if cfg.ttt_enabled and cfg.ttt_method == "lora":
+        lengths += [low + 2 * chunk for low, (_, chunk) in zip(lows, cfg.ttt_chunks)] * slots
     if cfg.ttt_enabled and cfg.ttt_method == "chunk":
         lengths += [cfg.eval_seq_len] * (1 + 2 * cfg.ttt_chunk_tokens // cfg.eval_seq_len)
     rng, other = np.random.Generator(np.random.PCG64(0)), copy.copy(val)
@@ -4153,7 +4168,7 @@ def random_documents(val: ValidationSet, cfg: Config) -> ValidationSet:
     other.tokens = rng.integers(2, cfg.vocab_size, other.targets + 1).astype(np.uint16)
     other.tokens[other.starts] = BOS
     other.bytes = np.ones(other.targets, np.int64)
-    return other
+    return other, dataclasses.replace(cfg, ttt_slots=slots, phased_ttt_prefix_docs=max(world, cfg.phased_ttt_num_phases))
 
 
 def passes(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> dict[str, tuple[str, Callable]]:
@@ -4174,7 +4189,7 @@ def evaluate(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> dict[str,
     model.looping = cfg.num_loops > 0
     if run.gpu:  # compile on random tokens, never on validation text; on neither budget
         with run.clock.span("eval warm-up"):
-            for name, (_, score) in passes(model, random_documents(val, cfg), cfg, run).items():
+            for _, score in passes(model, *random_documents(val, cfg, run.world), run).values():
                 score(0.0)
     results: dict[str, Score] = {}  # each pass starts from the artifact's weights: adaptation puts them back
     for name, (label, score) in passes(model, val, cfg, run).items():
@@ -4339,7 +4354,7 @@ def warm_up(model: GPT, optimizers: Optimizers, stream: TrainStream, cfg: Config
 
 def train(model: GPT, cfg: Config, run: Run, stream: TrainStream, val: ValidationSet) -> Average:
     """Train until the budget or ITERATIONS is reached; the returned average has not been applied yet."""
-    optimizers, schedules = Optimizers(model, cfg, run), Schedules(cfg)
+    optimizers, schedules = Optimizers(model, cfg, run), Schedules(cfg, run.world)
     with run.clock.span("compile and warm-up"):
         reserve = warm_up(model, optimizers, stream, cfg, run)
     limit = cfg.max_wallclock_seconds - reserve

@@ -239,7 +239,7 @@ def after_training(tg, model, cfg, run, stream, val, tokenizer) -> dict[str, flo
     docs = fake_documents(tg, val, cfg, 1_000_000 if run.gpu else 10_000)
     for name, (_, score) in tg.passes(model, docs, cfg, run).items():
         if run.gpu:  # what has to be compiled or recorded
-            tg.passes(model, tg.random_documents(val, cfg), cfg, run)[name][1](0.0)
+            tg.passes(model, *tg.random_documents(val, cfg, run.world), run)[name][1](0.0)
         clocked(f"pass {name}", lambda: score(0.0))
         found[f"pass {name} tok/s"] = docs.targets / found[f"pass {name}"]
     for name, value in found.items():

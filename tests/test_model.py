@@ -179,6 +179,13 @@ def test_a_backend_that_is_wrong_is_not_chosen(run, monkeypatch):
         tg.choose_attention(small(attn_backend="sdpa"), run)
 
 
+def test_ranks_with_different_backends_stop(run, monkeypatch):
+    """Otherwise seven fast ranks wait for a slow one in every step, and only the first rank's choice is in the log."""
+    monkeypatch.setattr(run, "sum_", lambda votes: votes + torch.eye(len(votes))[-1])  # the other rank's: eager
+    with pytest.raises(RuntimeError, match="different attention kernels.*'sdpa': 1, 'eager': 1"):
+        tg.choose_attention(small(), run)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Parameters: every one matched, started, optimised, alive
 # ----------------------------------------------------------------------------------------------------------------------

@@ -326,6 +326,12 @@ def test_a_schedule_that_never_fired_is_named(knobs, last, silent):
     assert all(f"{n} never" in line for n in silent) and line.count("never") == len(silent)
 
 
+def test_the_rate_follows_the_tokens_that_a_step_really_has():
+    """Half of three blocks a rank is two: the rate is the root of two thirds, not of a half."""
+    cfg = small(train_batch_schedule="0.5:0.7", train_batch_tokens=3 * small().pack_tokens)
+    assert [tg.Schedules(cfg, w).at(0.0).lr for w in (1, 3)] == [pytest.approx(math.sqrt(2 / 3)), 1.0]
+
+
 def test_a_schedule_reports_when_it_first_fired():
     schedules = tg.Schedules(small())
     for p in (0.0, 0.2, 0.4, 0.9):

@@ -208,3 +208,18 @@ def test_chunk_sizes_that_make_no_sense_are_refused(text):
 def test_chunk_sizes():
     assert config(**{**SHAPE, "TTT_CHUNK_SIZE": "256:16,2000:32,48"}).ttt_chunks == [(256, 16), (2000, 32), (math.inf, 48)]
     assert config(**{**SHAPE, "TTT_CHUNK_SIZE": "48"}).ttt_chunks == [(math.inf, 48)]
+
+
+def test_the_phase_between_stops_when_time_is_up(tmp_path):
+    """Hundreds of steps without a look at the clock could pass any budget."""
+    model, cfg, run = build(tmp_path, GLOBAL_TTT_LR=0.05, TTT_BATCH_TOKENS=16, TTT_CHUNK_TOKENS=16)
+    docs, moved = Documents(), {}
+    for allowed in (0, 1, 99):
+        scorer, asked = tg.DocumentScorer(model, docs, cfg, run), []
+        scorer.scorer.ledger.when[:] = 0
+        with tg.Adapter(model, docs, cfg, run, scorer.scorer.ledger) as adapter:
+            before = [p.detach().clone() for p in model.parameters()]
+            ended = scorer.learn_globally(adapter, lambda: asked.append(0) or len(asked) > allowed)
+            moved[allowed] = sum(float((a - b.detach()).norm()) for a, b in zip(before, model.parameters()))
+        assert ended == (allowed == 99) and len(asked) == (math.ceil(docs.targets / 16) if ended else allowed + 1)
+    assert 0 == moved[0] < moved[1] < moved[99]

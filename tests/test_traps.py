@@ -127,6 +127,18 @@ def test_compiling_for_the_evaluation_reads_no_validation_text(run, monkeypatch)
     assert not (sets[0].tokens == sets[1].tokens).all() and (seen[0].tokens == seen[2].tokens).all()
 
 
+@pytest.mark.parametrize("world", [1, 4])
+def test_compiling_for_the_evaluation_meets_every_shape_on_every_rank(world):
+    """Slots of the real set, not of the made-up one: what is met first on the clock is compiled on the clock."""
+    cfg, val = small(ttt_chunk_size="8:2,20:4,8", eval_seq_len=32, eval_stride=16, ttt_slots=8), validation()
+    made, knobs = tg.random_documents(val, cfg, world)
+    real, warm = (tg.document_plan(v.sequences, c) for v, c in ((val, cfg), (made, knobs)))
+    assert len(warm) == 2 and sum(b - a for a, b in made.sequences[:world]) >= world * cfg.eval_seq_len  # a phase between
+    assert {stage.chunk for phase in warm for stage in phase} == {2, 4, 8} >= {stage.chunk for phase in real for stage in phase}
+    for stage in warm[1]:
+        assert all((step.end > step.begin).all() and len(step.begin) == 8 for step in stage.steps[:2])
+
+
 def test_calibration_and_decompression_are_on_the_clock(shards, tmp_path):
     """PRs #490 and #1855 calibrated behind 600 s of training; #1693's evaluation time left out part of itself."""
     cfg, full = toy("record", ITERATIONS=1, SLIDING_WINDOW_ENABLED=1, DATA_PATH=shards), config(PRESET="record")
@@ -141,13 +153,15 @@ def test_calibration_and_decompression_are_on_the_clock(shards, tmp_path):
 
 @pytest.mark.parametrize("used, over", [((5, 20), False), ((20, 5), True)], ids=str)
 def test_ranks_run_out_of_time_together(used, over, tmp_path):
-    """PR #430 asked each rank's own clock; ranks that disagree wait for each other forever. Here rank 0's decides."""
+    """PR #430 asked each rank's own clock; ranks that disagree wait for each other forever. Here rank 0's decides, and so does
+    what rank 0 wants to keep, for ranks measure that too."""
     cfg, wires = config(EVAL_WALLCLOCK_SECONDS=10), Wires(2)
     runs = [wires.attach(make_run(tmp_path, cfg), rank) for rank in range(2)]
     for run, seconds in zip(runs, used):
         run.clock.seconds["eval ttt"] = seconds
     with ThreadPoolExecutor(2) as pool:
         assert list(pool.map(lambda run: tg.budget_is_short(cfg, run, 0.0), runs)) == [over] * 2
+        assert list(pool.map(lambda run: tg.budget_is_short(cfg, run, 0.0 if run.main else 20.0), runs)) == [over] * 2
 
 
 @pytest.mark.parametrize("sliding", [True, False])
