@@ -218,9 +218,6 @@ class OptimKnobs:
                                   ("polar", "quintic"))
     muon_row_normalize: bool = knob(True, "give every row of the momentum unit norm before Newton-Schulz (MuonEq-R)")
     muon_normalize_update: bool = knob(False, "give every row of the update unit norm after Newton-Schulz (PR #413)")
-    muon_beta2: float = knob(0.0, "give rows of the update (columns, where those are more) one length by their running mean "
-                             "square with this decay (NorMuon); 0: off", low=0, high=0.9999)
-    muon_cautious_wd: bool = knob(False, "decay only weights that the update shrinks too")
     muon_wd: float = knob(0.095, "decoupled decay of matrices; smaller weights also compress better", low=0)
     embed_wd: float = knob(0.085, "decay of embeddings", low=0)
     adam_wd: float = knob(0.02, "decay of vectors and scalars", low=0)
@@ -2369,7 +2366,6 @@ class Muon:
     def reset(self) -> None:
         """Forget all momentum (after the compile warm-up)."""
         self.momenta: list[Tensor | None] = [None] * len(self.banks)
-        self.squares: list[Tensor | None] = [None] * len(self.banks)
 
     def reduce(self) -> tuple[list[Tensor], Tensor]:
         """(this rank's slice of every bank's mean gradient, the squares' sum over this rank's slices)"""
@@ -2397,30 +2393,15 @@ class Muon:
             u = orthogonalize(u, self.coefficients)
             if self.cfg.muon_normalize_update:
                 u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
-            if self.cfg.muon_beta2:
-                u = self.even_out(i, u)
             if self.run.world > 1:
                 full = u.new_empty(u.shape[0] * self.run.world, rows, cols)
                 dist.all_gather_into_tensor(full, u.contiguous())
                 u = full
             weights = [p.data[at:at + n] for p, at, n in members]
             updates = [x.to(weights[0].dtype) for x in u[:len(weights)].unbind(0)]
-            if self.cfg.muon_cautious_wd:  # where both have one sign the step goes towards zero anyway (arXiv 2510.12402)
-                agree = [(a > 0).to(a.dtype) for a in torch._foreach_mul(updates, weights)]
-                torch._foreach_addcmul_(weights, weights, agree, value=-lr * self.cfg.muon_wd)
-            else:
-                torch._foreach_mul_(weights, 1 - lr * self.cfg.muon_wd)  # decay first, decoupled from the gradient
+            torch._foreach_mul_(weights, 1 - lr * self.cfg.muon_wd)  # decay first, decoupled from the gradient
             shape = 1.0 if self.cfg.muon_normalize_update else math.sqrt(max(1.0, rows / cols))  # unit rows have one length
             torch._foreach_add_(weights, updates, alpha=-lr * shape)
-
-    def even_out(self, i: int, u: Tensor) -> Tensor:
-        """NorMuon (arXiv 2510.05491): neurons over the root of their running mean square, every matrix's norm kept. [N, R, C]"""
-        # neurons are what there is more of, as in modded-nanogpt: rows of a square or tall matrix, columns of a wide one
-        mean = u.float().square().mean(-1 if u.shape[1] >= u.shape[2] else -2, keepdim=True)
-        old = self.squares[i]
-        self.squares[i] = mean if old is None else old.lerp_(mean, 1 - self.cfg.muon_beta2)
-        even = u * self.squares[i].clamp_min(1e-12).rsqrt()
-        return (even * (u.norm(dim=(-2, -1), keepdim=True) / even.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7))).to(u.dtype)
 
 
 class Optimizers:

@@ -156,50 +156,6 @@ def test_row_normalisation_forgets_the_rows_lengths(run):
         assert all((relative(a - w, b - w) < 1e-4) == equal for a, b, w in pairs)
 
 
-@pytest.mark.parametrize("shape, dim", [((64, 24), 1), ((32, 32), 1), ((24, 64), 0)], ids=str)
-def test_normuon_evens_neurons_out_and_keeps_the_norm(shape, dim, run):
-    """Against the definition, one matrix and three updates: a neuron that was always long is cut, the whole keeps its norm."""
-    muon = tg.Muon([], small(muon_beta2=0.9), run)
-    muon.squares = [None]
-    rng, running = torch.Generator().manual_seed(0), None
-    stretch = torch.linspace(0.2, 3, shape[1 - dim]).unsqueeze(dim)
-    for _ in range(3):
-        u = torch.randn(shape, generator=rng) * stretch
-        mean = (u.double() ** 2).mean(dim, keepdim=True)
-        running = mean if running is None else 0.9 * running + 0.1 * mean
-        expected = u.double() / running.sqrt()
-        expected *= u.double().norm() / expected.norm()
-        got = muon.even_out(0, u[None])[0]
-        torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=1e-5)
-    lengths = got.norm(dim=dim)
-    assert lengths.max() / lengths.min() < 2.5 < u.norm(dim=dim).max() / u.norm(dim=dim).min()
-
-
-def test_normuon_is_the_same_on_any_number_of_ranks(run):
-    """A matrix's statistics are its own: banks of other matrices, and zeros that fill them up, do not matter."""
-    grads = gradients(3)
-    together = our_muon(run, grads, muon_beta2=0.95)
-    for i, w in enumerate(together):
-        alone = tg.Muon([(p := torch.nn.Parameter(start()[i]), SHAPES[i][1])], small(muon_beta2=0.95), run)
-        for step in grads:
-            p.grad = step[i].clone()
-            alone.step(alone.reduce()[0], torch.tensor(1.0), 0.05, 0.9)
-        torch.testing.assert_close(p.detach(), w, atol=1e-5, rtol=1e-5)
-    muon = tg.Muon([], small(muon_beta2=0.9), run)
-    muon.squares = [None]
-    assert not muon.even_out(0, torch.zeros(2, 8, 4)).any(), "a padding matrix stays zero, and is no NaN"
-
-
-def test_cautious_decay_spares_weights_that_grow(run):
-    grads = gradients(1)
-    plain, decayed, cautious = (our_muon(run, grads, muon_wd=wd, muon_cautious_wd=on)
-                                for wd, on in ((0.0, False), (0.5, False), (0.5, True)))
-    for w, none, full, some in zip(start(), plain, decayed, cautious):
-        shrinks = (w - none) * w > 0  # the update and the weight have one sign
-        torch.testing.assert_close(some, torch.where(shrinks, full, none), atol=1e-6, rtol=1e-5)
-        assert shrinks.any() and not shrinks.all()
-
-
 def test_tall_matrices_step_further(run):
     """The shape factor sqrt(max(1, rows / columns)), of the part and not of the stack."""
     for shape, split, factor in (((64, 16), (), 2.0), ((16, 64), (), 1.0), ((32, 16), (16, 16), 1.0)):

@@ -125,7 +125,7 @@ CHOICES = [
     {"PARALLEL_RESIDUAL": "one"}, {"PARALLEL_FINAL_LANE": "attn"}, {"PARALLEL_FINAL_LANE": "mlp"}, {"MLP_ACT": "relu2"},
     {"TIE_EMBEDDINGS": 0}, {"LN_SCALE": 0}, {"LOGIT_SOFTCAP": 0, "TTT_ASYM_LOGIT": 0}, {"NUM_LOOPS": 0}, {"XSA_LAST_N": 0}, {"ROPE_DIMS": 0},
     {"DOC_ISOLATION": 0, "TTT_METHOD": "chunk"}, {"LOADER": "sequential"}, {"LOADER": "coprime"}, {"TRAIN_SEQ_SCHEDULE": "16:.5"}, {"TRAIN_BATCH_SCHEDULE": ""}, {"MUON_COEFFICIENTS": "quintic"},
-    {"MUON_ROW_NORMALIZE": 0}, {"MUON_NORMALIZE_UPDATE": 1}, {"MUON_BETA2": 0.95, "MUON_CAUTIOUS_WD": 1}, {"AVERAGE": "none"}, {"AVERAGE": "swa"}, {"QUANTIZER": "rtn"},
+    {"MUON_ROW_NORMALIZE": 0}, {"MUON_NORMALIZE_UPDATE": 1}, {"AVERAGE": "none"}, {"AVERAGE": "swa"}, {"QUANTIZER": "rtn"},
     {"GATED_ATTN_QUANT_GATE": 1}, {"LQER_TOP_K": 2}, {"STEP_RULE": "sdclip"}, {"STEP_RULE": "fisher"}, {"TIE_EMBEDDINGS": 0, "LQER_TOP_K": 2},
     {"WEIGHT_CODER": "sections", "STEP_RULE": "fisher"}, {"COMPRESSOR": "lzma"}, {"TTT_METHOD": "none"}, {"TTT_METHOD": "chunk"},
     {"TTT_METHOD": "chunk", "TTT_OPTIMIZER": "adamw", "TTT_PARAMS": "last", "TTT_POLYAK": 0.9, "TTT_BYTE_WEIGHTED": 1},
