@@ -262,7 +262,7 @@ class PackKnobs:
     eval_stride: int = knob(64, "sliding windows advance by this many tokens", low=1)
     val_batch_tokens: int = knob(131072, "tokens in one forward pass of a rank when scoring", low=1)
     val_docs: int = knob(0, "score only the first documents (the log says so); 0: all", low=0)
-    sliding_window_enabled: bool = knob(True, "also score with sliding windows")
+    sliding_window_enabled: bool = knob(False, "also score with sliding windows, on the evaluation budget")
     ttt_enabled: bool = knob(True, "also score with test-time training: a chunk is scored, then trained on")
     doc_losses: bool = knob(False, "write every pass's nats, tokens and bytes a document to RUN_ID.<pass>.docs.npz")
     ttt_method: str = knob("lora", "adapt all documents together chunk by chunk, each by low-rank adapters of its own, or only "
@@ -320,7 +320,7 @@ BASELINE = AS_PUBLISHED | dict(
     muon_momentum_warmup_frac=0.036, muon_coefficients="quintic", muon_row_normalize=False, muon_wd=0.0, embed_wd=0.0,
     adam_wd=0.0, beta2=0.95, grad_clip_norm=0.0, warmdown_frac=0.087, min_lr=0.0, average="none", quantizer="rtn",
     matrix_bits=8, embed_bits=8, attn_clip_sigmas=6.0, mlp_clip_sigmas=6.0, embed_clip_sigmas=6.0, compressor="zlib",
-    sliding_window_enabled=False, ttt_enabled=False)
+    ttt_enabled=False)
 
 # The whole job on two CPU cores in three minutes: every stage of the record at a hundredth of its size.
 SMOKE = dict(
@@ -330,7 +330,7 @@ SMOKE = dict(
     pack_tokens=1024, micro_batch_tokens=4096, val_batch_tokens=8192, max_wallclock_seconds=75.0,
     iterations=240, warmup_steps=1, train_log_every=20, gptq_calibration_batches=8, ttt_chunk_tokens=16384,
     ttt_epochs=1, ttt_batch_tokens=4096, ttt_chunk_size="64", ttt_lora_rank=16, ttt_lora_alpha=28.8, checkpoint_seconds=30.0,
-    val_docs=150, artifact_max_bytes=400_000)
+    val_docs=150, artifact_max_bytes=400_000, sliding_window_enabled=True)
 
 # The seed systems of the contest, each a table of what differs from the one before it that it grew out of. Counts of steps
 # are turned into fractions of the run by the number of steps that the original logged, and so are the horizons of averages

@@ -170,7 +170,7 @@ def test_a_pass_is_left_out_by_its_own_knob_only(sliding, adapting):
     """PR #1880: no sliding windows silently meant no test-time training, which was off by default."""
     cfg = config(PRESET="record", SLIDING_WINDOW_ENABLED=int(sliding), TTT_ENABLED=int(adapting))
     assert list(tg.passes(None, None, cfg, None)) == ["full"] + ["sliding"] * sliding + ["ttt"] * adapting
-    assert list(tg.passes(None, None, config(PRESET="record"), None)) == ["full", "sliding", "ttt"]
+    assert list(tg.passes(None, None, config(PRESET="record"), None)) == ["full", "ttt"]
 
 
 def test_the_network_learns_from_the_longest_documents_too(tmp_path, monkeypatch):
