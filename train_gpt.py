@@ -378,6 +378,9 @@ PR2135 = AS_PUBLISHED | dict(
 PRESETS = {"record": {}, "baseline": BASELINE, "pr413": PR413, "pr430": PR430, "pr490": PR490, "pr1880": PR1880,
            "pr1693": PR1693, "pr1855": PR1855, "pr2135": PR2135, "smoke": SMOKE}
 
+# Knobs of earlier versions of this file, with the value that means what their absence means now: artifacts remember them.
+REMOVED = {"attn_window": "", "muon_beta2": 0.0, "muon_cautious_wd": False}
+
 # Names that other scripts of the contest use for a knob that is here under its later spelling.
 RENAMED = {
     "VAL_BATCH_SIZE": "VAL_BATCH_TOKENS", "EMA_ENABLED": "AVERAGE", "SWA_ENABLED": "AVERAGE", "XSA_LAYERS": "XSA_LAST_N",
@@ -4448,6 +4451,7 @@ def restore_config(env: dict, stored: dict, path: Path) -> Config:
     """The stored run's own config, with what the environment says about running it; the network's shape is fixed."""
     # what belongs to that run's files, not to its recipe
     own = {k: v for k, v in stored.items() if k not in ("mode", "run_id", "artifact_dir", "artifact", "checkpoint", "track")}
+    own = {k: v for k, v in own.items() if k not in REMOVED or v != REMOVED[k]}
     known = {f.name for f in dataclasses.fields(Config)}
     if own.keys() - known:
         raise SystemExit(f"{path}: made with knobs that are unknown here: {', '.join(sorted(own.keys() - known))}")

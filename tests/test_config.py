@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, TINY, config, tiny, trainer
@@ -343,3 +344,12 @@ def test_process_shows_the_config_without_data(tmp_path, preset, params):
     assert f"preset:{preset} recipe:{config(PRESET=preset, MODE='config').recipe_hash()}\n" in done.stdout
     assert all(f"{name}=" in done.stdout for name in KNOBS)
     assert not list(tmp_path.iterdir())
+
+
+def test_artifacts_of_earlier_versions_are_read_where_a_removed_knob_was_off():
+    """A knob that was removed is refused only where it did something."""
+    stored = {**config().as_dict(), **tg.REMOVED}
+    assert not {n.upper() for n in tg.REMOVED} & KNOBS.keys() and tg.restore_config({}, stored, Path("old.artifact")).seed == stored["seed"]
+    for name, value in {"muon_beta2": 0.95, "attn_window": "512:1", "not_known_to_anyone": 0}.items():
+        with pytest.raises(SystemExit, match=f"old.artifact: made with knobs that are unknown here: {name}$"):
+            tg.restore_config({}, {**stored, name: value}, Path("old.artifact"))
