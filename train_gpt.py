@@ -1074,7 +1074,7 @@ def block_order(cfg: Config, counts: list[int], rng: np.random.Generator) -> np.
 
 def rank_blocks(cfg: Config, share: float, world: int) -> int:
     """A rank's blocks in a step of `share` of TRAIN_BATCH_TOKENS: whole ones, one at least."""
-    return math.ceil(share * cfg.blocks_per_batch / world - 1e-9)
+    return max(math.ceil(share * cfg.blocks_per_batch / world - 1e-9), 1)
 
 
 def micro_blocks(cfg: Config, blocks: int) -> int:

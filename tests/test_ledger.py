@@ -258,7 +258,7 @@ def test_scores_equal_brute_force(isolate, stride, run, scorers):
 
 
 def test_full_windows_are_sliding_ones_with_the_windows_stride(run, scorers):
-    cfg, val = small(eval_stride=24), validation()
+    cfg, val = small(eval_stride=24, sliding_window_enabled=True), validation()
     model = lively(cfg)
     results = tg.evaluate(model, val, cfg, run)
     full, sliding = (s.nll for s in scorers.made[:2])
