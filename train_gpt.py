@@ -4328,9 +4328,9 @@ def warm_up(model: GPT, optimizers: Optimizers, stream: TrainStream, cfg: Config
     if cfg.gptq_reserve_seconds >= 0 or not cfg.timed or cfg.quantizer != "gptq":
         return max(cfg.gptq_reserve_seconds, 0.0)
     with run.clock.span("reserve probe"):
-        for _ in range(2):  # the first also chooses kernels and takes memory
+        for count in 1, 4:  # the first also chooses kernels and takes memory; four share one pass for slopes
             start = run.clock.read()
-            calibrate(model, cfg, stream.make(0)[:1] * 4, stream, run)  # as many as share one pass for slopes
+            calibrate(model, cfg, stream.make(0)[:1] * count, stream, run)
             run.clock.switch("reserve probe")
         part = run.clock.read() - start
     return run.agree(0.5 + 1.1 * part * max(cfg.gptq_calibration_batches / 4, 1))
