@@ -749,7 +749,7 @@ class Run:
         self.log(f"{versions} | {device} | world_size:{self.world} | source sha256:{sha256(SOURCE.encode())}")
         self.log(f"available: {' '.join(k for k, v in HAVE.items() if v) or 'nothing optional'}")
         asked = shell_environment().get("CUDA_VISIBLE_DEVICES")
-        if asked and not HAVE["cuda"]:  # a device number that does not exist here would train on the CPU for days
+        if asked not in (None, "", "-1") and not HAVE["cuda"]:  # one that does not exist would train on the CPU for days
             self.warn(f"CUDA_VISIBLE_DEVICES={asked}, but torch sees no GPU: this process runs on the CPU")
         for line in cfg.describe():
             self.files[0].write(line + "\n")
@@ -2597,9 +2597,9 @@ def collect_slopes(model: GPT, cfg: Config, batches: list[Batch], hessians: dict
     # gradients for the embeddings, and so for all activations, but for no other weight
     tables = {n for n, row in rows_of(model, cfg).items() if row.group == "embed"}
     # few long rows instead of many short ones: an eager pass takes as long to launch whatever its length
-    most = SLOPE_LONGEST
+    most, every = SLOPE_LONGEST, max(min(len(batches[0].ids), SLOPE_LONGEST) // SLOPE_TOKENS, 1)
     with torch.compiler.set_stance("force_eager"), learning_only(model, tables):
-        for b in batches[::max(min(len(batches[0].ids), most) // SLOPE_TOKENS, 1)]:  # segments behind `most` become empty
+        for b in batches[::every]:  # segments behind a row's first tokens become empty
             h = model.hidden(b.ids[:most], b.pos[:most], b.cu.clamp(max=most), b.longest)
             z = model.head(h, None, model.input.tok_emb.weight)
             log_p = z.log_softmax(-1)
@@ -4118,7 +4118,9 @@ def score_documents(model: GPT, val: ValidationSet, cfg: Config, run: Run, reser
         for i, phase in enumerate(scorer.plan):
             with frozen(model, scorer.copies):
                 going = all(scorer.run_stage(stage, give_up) for stage in phase)
-            if not going or i + 1 < len(scorer.plan) and not scorer.learn_globally(adapter, give_up):
+            if going and i + 1 < len(scorer.plan):
+                going = scorer.learn_globally(adapter, give_up)
+            if not going:
                 break
         if (scorer.scorer.ledger.when < 0).any():
             scorer.finish_plain()
@@ -4143,7 +4145,7 @@ def random_documents(val: ValidationSet, cfg: Config, world: int) -> tuple[Valid
     lows, slots = [0] + [limit for limit, _ in cfg.ttt_chunks], slot_count(val.sequences, cfg)
     lengths = [cfg.eval_seq_len + 100] * world
     if cfg.ttt_enabled and cfg.ttt_method == "lora":
-        lengths += [low + 2 * chunk for low, (_, chunk) in zip(lows, cfg.ttt_chunks)] * slots
+        lengths += [min(low + 2 * chunk, limit) for low, (limit, chunk) in zip(lows, cfg.ttt_chunks)] * slots
     if cfg.ttt_enabled and cfg.ttt_method == "chunk":
         lengths += [cfg.eval_seq_len] * (1 + 2 * cfg.ttt_chunk_tokens // cfg.eval_seq_len)
     rng, other = np.random.Generator(np.random.PCG64(0)), copy.copy(val)
@@ -4328,12 +4330,13 @@ def warm_up(model: GPT, optimizers: Optimizers, stream: TrainStream, cfg: Config
     if cfg.gptq_reserve_seconds >= 0 or not cfg.timed or cfg.quantizer != "gptq":
         return max(cfg.gptq_reserve_seconds, 0.0)
     with run.clock.span("reserve probe"):
-        for count in 1, 4:  # the first also chooses kernels and takes memory; four share one pass for slopes
+        few = SLOPE_LONGEST // SLOPE_TOKENS  # share one pass for slopes
+        for count in 1, few:  # the first also chooses kernels and takes memory
             start = run.clock.read()
             calibrate(model, cfg, stream.make(0)[:1] * count, stream, run)
             run.clock.switch("reserve probe")
         part = run.clock.read() - start
-    return run.agree(0.5 + 1.1 * part * max(cfg.gptq_calibration_batches / 4, 1))
+    return run.agree(0.5 + 1.1 * part * max(cfg.gptq_calibration_batches / few, 1))
 
 
 def train(model: GPT, cfg: Config, run: Run, stream: TrainStream, val: ValidationSet) -> Average:

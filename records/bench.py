@@ -239,7 +239,7 @@ def after_training(tg, model, cfg, run, stream, val, tokenizer) -> dict[str, flo
     docs = fake_documents(tg, val, cfg, 1_000_000 if run.gpu else 10_000)
     for name, (_, score) in tg.passes(model, docs, cfg, run).items():
         if run.gpu:  # what has to be compiled or recorded
-            tg.passes(model, *tg.random_documents(val, cfg, run.world), run)[name][1](0.0)
+            tg.passes(model, *tg.random_documents(docs, cfg, run.world), run)[name][1](0.0)
         clocked(f"pass {name}", lambda: score(0.0))
         found[f"pass {name} tok/s"] = docs.targets / found[f"pass {name}"]
     for name, value in found.items():
@@ -250,7 +250,7 @@ def after_training(tg, model, cfg, run, stream, val, tokenizer) -> dict[str, flo
 def bench(tg, model, cfg, run, stream, val, tokenizer) -> None:
     """Everything, as lines of the log and as one JSON file."""
     import torch
-    saved = [p.detach().clone() for p in model.parameters()]  # the probes below move the weights
+    saved = copy.deepcopy(model.state_dict())  # the probes below move the weights
     rates, batches = doctor(tg, model, cfg, run, stream), stream.make(0)
     optimizers = tg.Optimizers(model, cfg, run)
     tg.train_step(model, optimizers, batches[:1], tg.Values(1.0, cfg.muon_momentum, False))
@@ -262,8 +262,7 @@ def bench(tg, model, cfg, run, stream, val, tokenizer) -> None:
         run.log(f"model FLOP utilisation {'with' if looping else 'without'} recurrence: {used:.1%} of the measured product rate")
     table = kernel_table(tg, model, cfg, run, batches[0], ceiling)
     model.zero_grad()
-    for p, s in zip(model.parameters(), saved):
-        p.data.copy_(s)
+    model.load_state_dict(saved)
     model.looping = cfg.num_loops > 0
     later = after_training(tg, model, cfg, run, stream, val, tokenizer)
     peak = torch.cuda.max_memory_allocated() >> 20 if run.gpu else None

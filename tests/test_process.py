@@ -386,7 +386,7 @@ def again(lab, whole):
         "pack": lambda: lab.run("pack", dict(MODE="pack", CHECKPOINT=checkpoint), run_id="whole.pack"),
         "window": lambda: lab.run("window", dict(MODE="eval", ARTIFACT=artifact, EVAL_SEQ_LEN=48, **ONE_PASS)),
         "sample": lambda: lab.run("sample", dict(text, ARTIFACT=artifact)),
-        "sample newest": lambda: lab.run("sample_newest", text, cwd=whole.folder),
+        "sample newest": lambda: lab.run("sample_newest", dict(text, CUDA_VISIBLE_DEVICES=-1), cwd=whole.folder),
         "sample other": lambda: lab.run("sample_other", dict(text, ARTIFACT=artifact, SEED=7, CUDA_VISIBLE_DEVICES=97)),
         "config": lambda: lab.run("config", lab.small(MODE="config", DATA_PATH="nowhere", TOKENIZER_PATH="nowhere")),
     })
@@ -395,6 +395,7 @@ def again(lab, whole):
 def test_a_gpu_that_is_not_there_is_missed_loudly(again):
     told = "!! CUDA_VISIBLE_DEVICES=97, but torch sees no GPU: this process runs on the CPU"
     assert told in again["sample other"].out and told not in again["sample"].out
+    assert "torch sees no GPU" not in again["sample newest"].out, "-1 asks for none"
 
 
 @pytest.mark.parametrize("mode", ["eval", "packed", "pack"])
