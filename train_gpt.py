@@ -277,12 +277,10 @@ class PackKnobs:
     ttt_weight_decay: float = knob(0.5, "lora: decoupled decay (PR #1945: 2.0 is steadier)", low=0)
     ttt_beta1: float = knob(0.0, "lora: AdamW", low=0, high=1)
     ttt_beta2: float = knob(0.99, "lora: AdamW", low=0, high=1)
-    ttt_trust: float = knob(0.0, "lora: most root mean square of one normalised step; 0: no limit", low=0)
     ttt_warm_start_a: bool = knob(True, "lora: a slot's next document keeps A and resets B; else both start anew")
     ttt_cache: str = knob("keep", "lora: keep keys and values of the scored past, or recompute the window with each step's "
                           "adapters (exact, slow)", ("keep", "recompute"))
     ttt_asym_logit: bool = knob(True, "lora: adapt softcaps for positive and negative logits")
-    ttt_logit_bias: bool = knob(False, "lora: adapt a bias on each logit")
     ttt_chunk_tokens: int = knob(32768, "tokens in such a chunk", low=1)
     ttt_optimizer: str = knob("sgd", "test-time optimiser; its state persists over chunks", ("sgd", "adamw"))
     ttt_lr: float = knob(0.005, "its step at the first chunk; falls with a cosine to 0 at the last", low=0)
@@ -379,7 +377,7 @@ PRESETS = {"record": {}, "baseline": BASELINE, "pr413": PR413, "pr430": PR430, "
            "pr1693": PR1693, "pr1855": PR1855, "pr2135": PR2135, "smoke": SMOKE}
 
 # Knobs of earlier versions of this file, with the value that means what their absence means now: artifacts remember them.
-REMOVED = {"attn_window": "", "muon_beta2": 0.0, "muon_cautious_wd": False}
+REMOVED = {"attn_window": "", "muon_beta2": 0.0, "muon_cautious_wd": False, "ttt_logit_bias": False, "ttt_trust": 0.0}
 
 # Names that other scripts of the contest use for a knob that is here under its later spelling.
 RENAMED = {
@@ -1301,11 +1299,27 @@ def attention_fa3(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> 
     return out[0] if isinstance(out, tuple) else out
 
 
-def operator(name: str, like: Callable) -> Callable:
-    """Register a function as one opaque node of compiled graphs; `like` makes its outputs' shapes from its arguments."""
+def operator(name: str, like: Callable, kept: Callable | None = None) -> Callable:
+    """Register a function as one opaque node of compiled graphs; `like` makes its outputs' shapes from its arguments.
+
+    `kept` takes from inputs and outputs what the operator NAME_backward gets behind the first output's gradient: tensors,
+    then numbers. It returns the gradients of the first inputs; the others have none.
+    """
+    def save(ctx, inputs, output):
+        chosen = kept(*inputs, *output)
+        tensors = [x for x in chosen if isinstance(x, Tensor)]
+        ctx.numbers, ctx.inputs = chosen[len(tensors):], len(inputs)
+        ctx.save_for_backward(*tensors)
+
+    def gradient(ctx, grad, *_):
+        found = getattr(torch.ops.golf, f"{name}_backward")(grad, *ctx.saved_tensors, *ctx.numbers)
+        return *found, *[None] * (ctx.inputs - len(found))
+
     def register(f):
         op = torch.library.custom_op(f"golf::{name}", f, mutates_args=())
         op.register_fake(like)
+        if kept is not None:
+            op.register_autograd(gradient, setup_context=save)
         return op
     return register
 
@@ -1313,7 +1327,8 @@ def operator(name: str, like: Callable) -> Callable:
 # FlashAttention-4 compiles its own kernels at run time, which torch.compile cannot look into: as two opaque operators
 # with known output shapes it stays one node of the graph, forward and backward.
 @operator("fa4", lambda q, k, v, cu, longest: (torch.empty_like(q, memory_format=torch.contiguous_format),
-                                               q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)))
+                                               q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)),
+          lambda q, k, v, cu, longest, out, lse: (q, k, v, out, lse, cu, longest))
 def fa4_op(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     """Output [T, H, E] and log-sum-exp [H, T]."""
     from flash_attn.cute.interface import _flash_attn_fwd
@@ -1331,19 +1346,6 @@ def fa4_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, 
     return tuple(_flash_attn_bwd(q, k, v, out, grad.contiguous(), lse, causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu,
                                  max_seqlen_q=longest, max_seqlen_k=longest,
                                  deterministic=torch.are_deterministic_algorithms_enabled())[:3])
-
-
-def fa4_save(ctx, inputs, output):
-    ctx.longest = inputs[4]
-    ctx.save_for_backward(*inputs[:3], *output, inputs[3])
-
-
-def fa4_gradient(ctx, grad_out, grad_lse):
-    q, k, v, out, lse, cu = ctx.saved_tensors
-    return *torch.ops.golf.fa4_backward(grad_out, q, k, v, out, lse, cu, ctx.longest), None, None
-
-
-fa4_op.register_autograd(fa4_gradient, setup_context=fa4_save)
 
 
 def attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
@@ -1523,16 +1525,14 @@ class Replay:
 
 
 def renew_rows(theta: Tensor, grad: Tensor, first: Tensor | None, second: Tensor, steps: Tensor, learns: Tensor, lr: float,
-               beta1: float, beta2: float, decay: float, trust: float) -> None:
-    """AdamW in place with a step count a row; `trust` bounds the root mean square of a row's normalised step."""
+               beta1: float, beta2: float, decay: float) -> None:
+    """AdamW in place with a step count a row."""
     grad = grad.float()
     second.lerp_(grad.square(), 1 - beta2)
     if first is not None:
         grad = first.lerp_(grad, 1 - beta1) / (1 - beta1 ** steps.clamp_min(1))
     # bias correction by the row's own step count: every document starts its optimiser anew
     move = grad / ((second / (1 - beta2 ** steps.clamp_min(1))).sqrt() + 1e-10)
-    if trust:
-        move = move * (trust / move.square().mean(1, keepdim=True).sqrt().clamp_min(trust))
     theta.sub_((move + decay * theta) * (lr * learns))
 
 
@@ -1634,7 +1634,8 @@ if installed("triton"):
 # The fused form as an opaque operator, like FlashAttention-4 above: it stays one node of a compiled graph, and reads and
 # writes every row once. What it saves is in the speed log of records/README.md.
 @operator("head_nll", lambda h, weight, targets, cap, learns: (
-    h.new_empty(len(h), dtype=torch.float32), h.new_empty(*((len(h), len(weight)) if learns else (0,)))))
+    h.new_empty(len(h), dtype=torch.float32), h.new_empty(*((len(h), len(weight)) if learns else (0,)))),
+    lambda h, weight, targets, cap, learns, nll, slope: (h, weight, slope))
 def head_nll_op(h: Tensor, weight: Tensor, targets: Tensor, cap: float, learns: bool) -> tuple[Tensor, Tensor]:
     """head_nll_eager's nats, and where the head learns d nats / d logits [T, V], written over the logits."""
     # the only tensor of this width: 2 GB in bf16 for 131,072 tokens
@@ -1652,26 +1653,93 @@ def head_nll_backward_op(grad: Tensor, h: Tensor, weight: Tensor, slope: Tensor)
     return (slope @ weight).mul_(grad), slope.T @ torch.mul(h, grad, out=torch.empty_like(h))
 
 
-def head_nll_save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:2], output[1])
-
-
-def head_nll_gradient(ctx, grad, _):
-    return *torch.ops.golf.head_nll_backward(grad, *ctx.saved_tensors), None, None, None
-
-
-head_nll_op.register_autograd(head_nll_gradient, setup_context=head_nll_save)
-
-
 def head_nll_fused(h: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
     """head_nll_eager without fp32 logits in memory. cap > 0."""
     return torch.ops.golf.head_nll(h, weight, targets, cap, torch.is_grad_enabled())[0]
+
+
+def mlp_eager(x: Tensor, up: nn.Module, down: nn.Module, slope: float) -> Tensor:
+    """Up, squared leaky ReLU, down. x [T, D] -> [T, D]"""
+    return down(F.leaky_relu(up(x), slope).square())
+
+
+if installed("triton"):
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    @triton.jit
+    def activate(acc, HIDDEN, OUT, m, n, slope, LEARN: tl.constexpr):
+        """The epilogue of hidden_product for part of a tile."""
+        # a square has lost its root's sign, which the way back needs: it is the last bit of the mantissa
+        bit: tl.constexpr = 1 << (32 - OUT.dtype.primitive_bitwidth)
+        if LEARN:
+            hidden = HIDDEN.load([m, n]).to(tl.float32)
+            below = (hidden.to(tl.int32, bitcast=True) & bit) != 0
+            OUT.store([m, n], (acc * tl.sqrt(hidden) * tl.where(below, -2 * slope, 2.0)).to(OUT.dtype))
+        else:
+            root, sign = tl.where(acc > 0, acc, slope * acc), tl.where(acc < 0, bit, 0)
+            # the nearest number that ends in this bit
+            near = (((root * root).to(tl.int32, bitcast=True) - sign + bit) & (-2 * bit)) + sign
+            OUT.store([m, n], near.to(tl.float32, bitcast=True).to(OUT.dtype))
+
+    @triton.jit
+    def hidden_product(X, W, HIDDEN, OUT, T, slope, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                       BK: tl.constexpr, LEARN: tl.constexpr):
+        """h = X W^T with the activation in its epilogue: OUT = leaky(h)^2; with LEARN X holds gradients, HIDDEN is what was
+        OUT then, and OUT = h d HIDDEN/dh. Persistent: a program takes tiles in turn, so loads of the next overlap stores."""
+        columns: tl.constexpr = (N + BN - 1) // BN
+        for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * columns, tl.num_programs(0), flatten=True):
+            m, n = tile // columns * BM, tile % columns * BN  # neighbours share rows of X
+            acc = tl.zeros([BM, BN], tl.float32)
+            for k in range(0, K, BK):
+                acc = tl.dot(X.load([m, k]), W.load([n, k]).T, acc)
+            # in halves: a whole tile's stores would not fit beside the loads under way
+            left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+            activate(left, HIDDEN, OUT, m, n, slope, LEARN)
+            activate(right, HIDDEN, OUT, m, n + BN // 2, slope, LEARN)
+
+
+TILE = 128, 256, 64  # rows, columns, depth of a tile: the fastest of eight on an H200
+
+
+def hidden_rows(x: Tensor, w: Tensor, hidden: Tensor, out: Tensor, slope: float, learn: bool) -> Tensor:
+    """hidden_product over the whole device, into `out`. x [T, K], w [N, K], hidden and out [T, N]"""
+    rows, columns, depth = TILE
+    described = [TensorDescriptor.from_tensor(t, list(b)) for t, b in
+                 ((x, (rows, depth)), (w, (columns, depth)), (hidden, (rows, columns // 2)), (out, (rows, columns // 2)))]
+    programs = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    hidden_product[(programs,)](*described, len(x), slope, len(w), w.shape[1], *TILE, learn, num_warps=8, num_stages=3)
+    return out
+
+
+# The whole MLP as one opaque operator, so that its backward product can have the activation's slope in its epilogue.
+@operator("mlp", lambda x, up, down, slope: (torch.empty_like(x), x.new_empty(len(x), len(up))),
+          lambda x, up, down, slope, y, hidden: (x, up, down, hidden, slope))
+def mlp_op(x: Tensor, up: Tensor, down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+    """mlp_eager's output [T, D], and for the way back its hidden rows [T, F], whose last bits are signs."""
+    hidden = x.new_empty(len(x), len(up))
+    return hidden_rows(x, up, hidden, hidden, slope, False) @ down.T, hidden
+
+
+@operator("mlp_backward", lambda grad, x, up, down, hidden, slope: tuple(torch.empty_like(t) for t in (x, up, down)))
+def mlp_backward_op(grad: Tensor, x: Tensor, up: Tensor, down: Tensor, hidden: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and of both weights."""
+    grad = grad.contiguous()
+    back = hidden_rows(grad, down.T.contiguous(), hidden, torch.empty_like(hidden), slope, True)
+    return back @ up, back.T @ x, grad.T @ hidden
+
+
+def mlp_fused(x: Tensor, up: nn.Module, down: nn.Module, slope: float) -> Tensor:
+    """mlp_eager where its weights learn; elsewhere nothing is kept for a way back, and modules' hooks must see their inputs."""
+    if not (torch.is_grad_enabled() and up.weight.requires_grad):
+        return mlp_eager(x, up, down, slope)
+    return torch.ops.golf.mlp(x, up.weight.to(x.dtype), down.weight.to(x.dtype), slope)[0]
 
 
 class Kernels(NamedTuple):
     """The chosen form of every operation."""
     attend: Callable = attention_sdpa
     nll: Callable = head_nll_eager
+    mlp: Callable = mlp_eager
 
 
 def choose_kernels(cfg: Config, run: Run) -> Kernels:
@@ -1681,7 +1749,8 @@ def choose_kernels(cfg: Config, run: Run) -> Kernels:
         raise ConfigError("KERNELS=triton: Triton or a GPU is missing here")
     fused = able and cfg.kernels != "eager"
     run.log(f"kernels:{'triton' if fused else 'eager'}")
-    return Kernels(attend, head_nll_fused if fused and cfg.logit_softcap else head_nll_eager)
+    nll = head_nll_fused if fused and cfg.logit_softcap else head_nll_eager
+    return Kernels(attend, nll, mlp_fused if fused and torch.cuda.get_device_capability() >= (9, 0) else mlp_eager)
 
 
 # Newton-Schulz coefficients (a, b, c) of X <- aX + (bA + cA^2)X, A = XX^T. Polar Express: per-iteration minimax
@@ -1729,15 +1798,14 @@ class VisitAdapters(NamedTuple):
 
 
 class HeadAdapters(NamedTuple):
-    """The same for the head: low-rank logits, a bias [S, V], and softcaps [S, 2] for positive and negative logits."""
+    """The same for the head: low-rank logits, and softcaps [S, 2] for positive and negative logits."""
     low: tuple | None = None
-    bias: Tensor | None = None
     caps: Tensor | None = None
 
     def of_first(self) -> "HeadAdapters":
         """Slot 0's share."""
         return HeadAdapters(self.low and (self.low[0][:1], self.low[1][:1], self.low[2]),
-                            None if self.bias is None else self.bias[:1], None if self.caps is None else self.caps[:1])
+                            None if self.caps is None else self.caps[:1])
 
 
 def corrected(y: Tensor, x: Tensor, pair: tuple[Tensor, Tensor, float] | None) -> Tensor:
@@ -1881,14 +1949,15 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Up, squared activation, down."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, kernels: Kernels):
         super().__init__()
         self.up = Linear(cfg.hidden_dim, cfg.model_dim)
         self.down = Linear(cfg.model_dim, cfg.hidden_dim)
         self.slope = 0.5 if cfg.mlp_act == "leaky_relu2" else 0.0  # 0 makes it ReLU squared
+        self.product = kernels.mlp
 
     def forward(self, x: Tensor, pair: tuple | None = None) -> Tensor:
-        return corrected(self.down(F.leaky_relu(self.up(x), self.slope).square()), x, pair)
+        return corrected(self.product(x, self.up, self.down, self.slope), x, pair)
 
 
 class Block(nn.Module):
@@ -1896,7 +1965,7 @@ class Block(nn.Module):
 
     def __init__(self, cfg: Config, layer: int, kernels: Kernels):
         super().__init__()
-        self.attn, self.mlp = Attention(cfg, layer, kernels), MLP(cfg)
+        self.attn, self.mlp = Attention(cfg, layer, kernels), MLP(cfg, kernels)
         self.attn_scale = nn.Parameter(torch.empty(cfg.model_dim))
         self.mlp_scale = nn.Parameter(torch.empty(cfg.model_dim))
         self.resid_mix = nn.Parameter(torch.empty(2, cfg.model_dim))
@@ -2084,8 +2153,6 @@ class Head(nn.Module):
         if targets is not None and targets.dim() == 1 and all(t is None for t in tweak):
             return self.plain_nll(h, weight, targets, self.cap)
         logits = corrected(F.linear(h, weight), h, tweak.low).float()  # bf16 products, fp32 from here
-        if tweak.bias is not None:
-            logits = (logits.unflatten(0, (len(tweak.bias), -1)) + tweak.bias[:, None]).flatten(0, 1)
         cap = self.cap
         if tweak.caps is not None:  # AsymLogit (PR #1923): the cap of a logit depends on its sign
             up, down = (c.repeat_interleave(len(h) // len(tweak.caps))[:, None] for c in tweak.caps.unbind(1))
@@ -3897,10 +3964,10 @@ class Slots:
         for _, _, into, out in self.sites:
             parts += [(2 * torch.rand(rank * into, generator=rng) - 1) / math.sqrt(into), torch.zeros(out * rank)]
             fixed += [torch.ones(rank * into, dtype=torch.bool), torch.zeros(out * rank, dtype=torch.bool)]
-        extra = cfg.vocab_size * cfg.ttt_logit_bias + 2 * cfg.ttt_asym_logit
+        extra = 2 * cfg.ttt_asym_logit
         extra += -(sum(map(len, parts)) + extra) % 64  # rows start at whole cache lines: matrix units want aligned strides
         parts.append(torch.zeros(extra))
-        fixed.append(torch.arange(extra) >= cfg.vocab_size * cfg.ttt_logit_bias)  # softcaps are kept like A
+        fixed.append(torch.ones(extra, dtype=torch.bool))  # softcaps are kept like A
         self.sizes = [len(x) for x in parts]
         self.start = torch.cat(parts).to(run.device)  # one row: all slots and all ranks start alike
         self.kept = torch.cat(fixed).to(run.device) & cfg.ttt_warm_start_a
@@ -3927,10 +3994,8 @@ class Slots:
         made: dict[int, dict] = {}
         for (visit, field_, into, out), a, b in zip(self.sites, pairs[::2], pairs[1::2]):
             made.setdefault(visit, {})[field_] = (a.unflatten(1, (into, -1)), b.unflatten(1, (-1, out)), scale)
-        split = self.cfg.vocab_size * self.cfg.ttt_logit_bias
-        head = HeadAdapters(**made.pop(-1, {}), bias=extra[:, :split].float() if split else None,
-                            caps=self.cfg.logit_softcap + self.CAP_SCALE * extra[:, split:split + 2].float()
-                            if self.cfg.ttt_asym_logit else None)
+        caps = self.cfg.logit_softcap + self.CAP_SCALE * extra[:, :2].float() if self.cfg.ttt_asym_logit else None
+        head = HeadAdapters(**made.pop(-1, {}), caps=caps)
         past = [Past(k[:n], v[:n], begin, k.shape[1] - self.SPARE) for k, v in zip(self.keys, self.values)]
         return Memory([VisitAdapters(**made.get(i, {})) for i in range(len(self.keys))], past, head, n, lead, [])
 
@@ -3949,7 +4014,7 @@ class Slots:
         n, c = len(grad), self.cfg
         self.steps[:n] += learns[:, None]
         self.renew(self.theta[:n], grad, self.first[:n] if c.ttt_beta1 else None, self.second[:n], self.steps[:n],
-                   learns[:, None], c.ttt_lora_lr, c.ttt_beta1, c.ttt_beta2, c.ttt_weight_decay, c.ttt_trust)
+                   learns[:, None], c.ttt_lora_lr, c.ttt_beta1, c.ttt_beta2, c.ttt_weight_decay)
 
 
 class DocumentScorer:

@@ -6,8 +6,19 @@ the interpreter is made when Triton is imported. Prints one JSON line: what was 
 import json
 
 import torch
+from triton.runtime import interpreter
 from test_model import make_row
 from toy import lively, quiet_run, small, tg
+
+
+def repair_bounds():
+    """Loops between bounds of one element: the interpreter's way to an integer is one that numpy has given up."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+    interpreter._patch_lang_tensor = patched
 
 
 def error(a, b):
@@ -34,10 +45,25 @@ def nll(tokens, vocab, cap):
     return compare(tg.head_nll_fused, tg.head_nll_eager, inputs, torch.randint(0, vocab, (tokens,)), cap)
 
 
+def mlp(tokens, dim, hidden, slope):
+    """Rows and columns that fill no tile."""
+    weights = [torch.randn(*shape) / dim ** 0.5 for shape in ((hidden, dim), (dim, hidden))]
+
+    def form(f):
+        def run(x, up, down):
+            linear = [tg.Linear(*w.shape) for w in (up, down)]
+            for module, w in zip(linear, (up, down)):
+                del module.weight
+                module.weight = w  # a plain tensor, so that its gradient is seen
+            return f(x, *linear, slope)
+        return run
+    return compare(form(tg.mlp_fused), form(tg.mlp_eager), [torch.randn(tokens, dim), *weights])
+
+
 def network(looping):
     """Loss of a whole toy network, and the gradient of every parameter, with a one-token and an empty segment."""
     row, results = make_row(quiet_run(small())), []
-    for kernels in (tg.Kernels(), tg.Kernels(tg.attention_sdpa, tg.head_nll_fused)):
+    for kernels in (tg.Kernels(), tg.Kernels(tg.attention_sdpa, tg.head_nll_fused, tg.mlp_fused)):
         model = lively(small(), None, looping)
         model = rebuilt(model, kernels, looping)
         loss = model.nll(*row)
@@ -54,7 +80,9 @@ def rebuilt(model, kernels, looping):
     return other
 
 
+repair_bounds()
 torch.manual_seed(0)
 found = {f"nll {c}": nll(*c) for c in ((7, 64, 30.0), (5, 50, 15.0), (1, 300, 5.0))}
+found |= {f"mlp {c}": mlp(*c) for c in ((300, 64, 264, 0.5), (1, 32, 64, 0.0), (129, 96, 520, 0.5))}
 found |= {f"network looping={c}": network(c) for c in (False, True)}
 print(json.dumps(found))

@@ -27,7 +27,7 @@ def errors():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kind, cases, bound", [("nll", 3, 2e-6), ("network", 2, 1e-3)])
+@pytest.mark.parametrize("kind, cases, bound", [("nll", 3, 2e-6), ("mlp", 3, 2e-6), ("network", 2, 1e-3)])
 def test_interpreted_kernels_equal_their_eager_twins(kind, cases, bound, errors):
     mine = {name: e for name, e in errors.items() if name.startswith(kind)}
     assert len(mine) == cases and max(mine.values()) < bound, mine
@@ -36,7 +36,7 @@ def test_interpreted_kernels_equal_their_eager_twins(kind, cases, bound, errors)
 def test_without_a_gpu_the_eager_twins_run(tmp_path):
     cfg = config(PRESET="record")
     chosen = tg.choose_kernels(cfg, make_run(tmp_path, cfg))
-    assert chosen[1:] == (tg.head_nll_eager,)
+    assert chosen[1:] == (tg.head_nll_eager, tg.mlp_eager)
 
 
 def test_fused_kernels_that_cannot_run_stop_the_run(tmp_path):

@@ -58,8 +58,8 @@ def test_without_learning_it_scores_like_windows(cache, env, tmp_path):
     assert slots.val_loss == pytest.approx(plain.val_loss, abs=2e-6)
 
 
-@pytest.mark.parametrize("env", [{}, {"TTT_WARM_START_A": 0}, {"TTT_BETA1": 0.5, "TTT_ASYM_LOGIT": 1, "TTT_LOGIT_BIAS": 1},
-                                 {"TTT_LORA_SITES": "qkvomh", "TTT_TRUST": 0.5}])
+@pytest.mark.parametrize("env", [{}, {"TTT_WARM_START_A": 0}, {"TTT_BETA1": 0.5, "TTT_ASYM_LOGIT": 1},
+                                 {"TTT_LORA_SITES": "qkvomh"}])
 def test_slots_side_by_side_equal_slots_alone(env, tmp_path):
     """The score does not depend on which documents happen to be computed together."""
     model, cfg, run = build(tmp_path, **env)
@@ -165,7 +165,7 @@ def test_a_document_never_sees_another(tmp_path):
     assert len(changed) and changed.min() >= a and changed.max() < b
 
 
-@pytest.mark.parametrize("env", [{}, {"TTT_ASYM_LOGIT": 1, "TTT_LOGIT_BIAS": 1}, {"TTT_CACHE": "recompute"}])
+@pytest.mark.parametrize("env", [{}, {"TTT_ASYM_LOGIT": 1}, {"TTT_CACHE": "recompute"}])
 def test_the_adapted_distribution_is_sampled(env, tmp_path, monkeypatch):
     """The ledger sees whole distributions with adapters in, and refuses a score that is not theirs."""
     verdict = score(tmp_path, **env).verdict

@@ -129,8 +129,8 @@ CHOICES = [
     {"GATED_ATTN_QUANT_GATE": 1}, {"LQER_TOP_K": 2}, {"STEP_RULE": "sdclip"}, {"STEP_RULE": "fisher"}, {"TIE_EMBEDDINGS": 0, "LQER_TOP_K": 2},
     {"WEIGHT_CODER": "sections", "STEP_RULE": "fisher"}, {"COMPRESSOR": "lzma"}, {"TTT_METHOD": "none"}, {"TTT_METHOD": "chunk"},
     {"TTT_METHOD": "chunk", "TTT_OPTIMIZER": "adamw", "TTT_PARAMS": "last", "TTT_POLYAK": 0.9, "TTT_BYTE_WEIGHTED": 1},
-    {"TTT_METHOD": "chunk", "TTT_PARAMS": "control"}, {"TTT_CACHE": "recompute"}, {"TTT_LOGIT_BIAS": 1, "TTT_ASYM_LOGIT": 0},
-    {"TTT_LORA_SITES": "qkvomh"}, {"TTT_WARM_START_A": 0}, {"TTT_TRUST": 0.5, "TTT_BETA1": 0.9}, {"PHASED_TTT_NUM_PHASES": 0},
+    {"TTT_METHOD": "chunk", "TTT_PARAMS": "control"}, {"TTT_CACHE": "recompute"}, {"TTT_ASYM_LOGIT": 0},
+    {"TTT_LORA_SITES": "qkvomh"}, {"TTT_WARM_START_A": 0}, {"TTT_BETA1": 0.9}, {"PHASED_TTT_NUM_PHASES": 0},
     {"PHASED_TTT_NUM_PHASES": 3}, {"MIXER": "ubtp"}, {"MIXER": "p", "TTT_METHOD": "none"}, {"NGRAM_TILT_BOOST": 0},
     {"SLIDING_WINDOW_ENABLED": 1}, {"DOC_LOSSES": 1}]
 
