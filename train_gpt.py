@@ -131,8 +131,7 @@ class RunKnobs:
     warmup_steps: int = knob(4, "untimed steps per graph that compile it; all state is put back afterwards", low=0)
     train_log_every: int = knob(100, "steps between train_loss lines", low=1)
     val_loss_every: int = knob(0, "steps between validations during training; 0: only at the end", low=0)
-    track: str = knob("", "send the log's events to this tracker, by a process of its own (records/track.py)",
-                      ("", "trackio", "wandb", "tensorboard"))
+    track: str = knob("", "send the log's events to this tracker (records/track.py)", ("", "trackio", "wandb", "tensorboard"))
     sample_prompt: str = knob("", "start of the text that MODE=sample continues")
     sample_tokens: int = knob(128, "tokens that MODE=sample writes", low=1)
     sample_temperature: float = knob(0.8, "sampling temperature; 0: greedy", low=0)
@@ -148,9 +147,8 @@ class DataKnobs:
     pack_tokens: int = knob(16384, "tokens in a block; blocks are what is shuffled, and no segment crosses one", low=2)
     micro_batch_tokens: int = knob(131072, "most tokens in one forward pass of a rank; memory decides", low=1)
     train_seq_len: int = knob(2048, "longest segment in training; longer documents are split", low=2)
-    train_seq_schedule: str = knob("", "shorter segments first, as tokens:fraction of the run at which they end, ...: "
-                                   "1024:0.35; empty: TRAIN_SEQ_LEN always")
-    train_batch_schedule: str = knob("0.5:0.7", "smaller steps first, as share of TRAIN_BATCH_TOKENS:fraction of the run at which they "
+    train_seq_schedule: str = knob("", "shorter segments first: tokens:fraction of the run until which, ...; empty: TRAIN_SEQ_LEN")
+    train_batch_schedule: str = knob("0.25:0.35,0.5:0.85", "smaller steps first, as share of TRAIN_BATCH_TOKENS:fraction of the run at which they "
                                      "end, ..., rounded up to whole blocks; the lr goes with the share's root; empty: none smaller")
     loader: str = knob("shuffled", "order of blocks: permuted anew each epoch, as they lie, or strides coprime to each shard's "
                        "length over several shards at once (PR #1880)", ("shuffled", "sequential", "coprime"))
@@ -174,8 +172,7 @@ class ModelKnobs:
     ln_scale: bool = knob(True, "norm outputs times 1/sqrt(layer+1): deeper layers speak more softly")
     xsa_last_n: int = knob(11, "last layers whose attention output loses its component along the token's own value", low=0)
     value_residual: str = knob("none", "mix the first layer's values into every later layer's", ("none", "mix", "sigmoid"))
-    attn_gate: str = knob("sparse", "gate on each head's output: a row of GATES in room 7",
-                          ("none", "scalar", "dense", "out", "sparse"))
+    attn_gate: str = knob("sparse", "gate on each head's output, a row of GATES", ("none", "scalar", "dense", "out", "sparse"))
     gate_window: int = knob(12, "leading channels that narrow gates read", low=1)
     smear_gate: str = knob("pre", "add a gated share of the previous token's embedding, before or after the first norm, or mix "
                            "the two a channel at a time", ("none", "pre", "post", "channel"))
@@ -190,8 +187,7 @@ class ModelKnobs:
     loop_start: int = knob(3, "first layer of the loop", low=0)
     loop_end: int = knob(5, "last layer of the loop", low=0)
     enable_looping_at: float = knob(0.35, "fraction of the run at which recurrence starts; cheap steps come first", low=0, high=1)
-    parallel_residual: str = knob("two", "attention and MLP side by side: one stream, or two with learned mixing",
-                                  ("none", "one", "two"))
+    parallel_residual: str = knob("two", "attention and MLP side by side: one stream, or two mixed ones", ("none", "one", "two"))
     parallel_start_layer: int = knob(8, "first layer that runs them side by side", low=0)
     parallel_final_lane: str = knob("mean", "what leaves two lanes at the end", ("mean", "attn", "mlp"))
     tied_embed_init_std: float = knob(0.005, "spread of the embedding at the start", low=0)
@@ -200,12 +196,9 @@ class ModelKnobs:
 @dataclass(frozen=True)
 class OptimKnobs:
     """Kernels, optimisers and schedules."""
-    attn_backend: str = knob("auto", "attention kernel; auto takes the first that works here",
-                             ("auto", "fa4", "fa3", "varlen", "sdpa", "eager"))
-    kernels: str = knob("auto", "our own operations: fused in Triton, or their eager twins; auto: triton on a GPU",
-                        ("auto", "triton", "eager"))
-    compile_scope: str = knob("auto", "what torch.compile sees: nothing, or a block at a time; auto: block on a GPU",
-                               ("auto", "none", "block"))
+    attn_backend: str = knob("auto", "auto: the first that works here", ("auto", "fa4", "fa3", "varlen", "sdpa", "eager"))
+    kernels: str = knob("auto", "own operations fused in Triton (auto: on a GPU) or eager twins", ("auto", "triton", "eager"))
+    compile_scope: str = knob("auto", "torch.compile sees nothing, or one block (auto: on a GPU)", ("auto", "none", "block"))
     matrix_lr: float = knob(0.026, "Muon's step on matrices", low=0)
     scalar_lr: float = knob(0.02, "AdamW on vectors, gates and scalars", low=0)
     tied_embed_lr: float = knob(0.03, "AdamW on the embedding and hash tables", low=0)
@@ -214,8 +207,7 @@ class OptimKnobs:
     muon_momentum_warmup_start: float = knob(0.92, "momentum at step 0", low=0, high=1)
     muon_momentum_warmup_frac: float = knob(0.3, "fraction of the run over which momentum rises", low=0, high=1)
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", low=1)
-    muon_coefficients: str = knob("polar", "Newton-Schulz coefficients: Polar Express per iteration, or one quintic",
-                                  ("polar", "quintic"))
+    muon_coefficients: str = knob("polar", "Newton-Schulz by Polar Express or one quintic", ("polar", "quintic"))
     muon_row_normalize: bool = knob(True, "give every row of the momentum unit norm before Newton-Schulz (MuonEq-R)")
     muon_normalize_update: bool = knob(False, "give every row of the update unit norm after Newton-Schulz (PR #413)")
     muon_wd: float = knob(0.095, "decoupled decay of matrices; smaller weights also compress better", low=0)
@@ -227,8 +219,7 @@ class OptimKnobs:
     grad_clip_norm: float = knob(0.3, "clip of the global norm of the reduced gradient; 0: none", low=0)
     warmdown_frac: float = knob(0.85, "last fraction of the run over which every lr falls linearly", low=0, high=1)
     min_lr: float = knob(0.1, "where the lr multiplier ends", low=0, high=1)
-    average: str = knob("ema", "which weights are packed: running average, average of snapshots, or the last",
-                        ("none", "ema", "swa"))
+    average: str = knob("ema", "what is packed: running average, mean of snapshots, last weights", ("none", "ema", "swa"))
     ema_horizon: float = knob(0.058, "EMA: fraction of the run it remembers (decay .9965 over 4,950 steps)", low=0, high=1)
     ema_decay: float = knob(0.0, "EMA: fixed decay a step instead of EMA_HORIZON; 0: by horizon", low=0, high=1)
     swa_start_frac: float = knob(0.8, "SWA: snapshots are taken after this fraction of the run", low=0, high=1)
@@ -238,15 +229,13 @@ class OptimKnobs:
 class PackKnobs:
     """Quantisation, artifact and evaluation."""
     quantizer: str = knob("gptq", "gptq feeds rounding errors forward through the Hessian; rtn rounds", ("gptq", "rtn"))
-    step_rule: str = knob("trellis", "steps of rows by their own spread (SDClip); of rows and columns by what errors cost in nats, "
-                          "as fine as the cap allows (Fisher); the same with integers chosen along a trellis",
-                          ("sdclip", "fisher", "trellis"))
+    step_rule: str = knob("trellis", "steps by a row's own spread; by what errors cost in nats, as fine as the cap allows; the "
+                          "same with integers chosen along a trellis", ("sdclip", "fisher", "trellis"))
     weight_coder: str = knob("range", "integers of all tensors in one range-coded stream by the scales of row and column, or a "
                              "section a tensor by COMPRESSOR", ("range", "sections"))
     matrix_bits: int = knob(6, "integer range of matrices under SDClip; the sigmas, not the bits, set the size", low=2, high=8)
     embed_bits: int = knob(7, "integer range of the embedding", low=2, high=8)
-    attn_clip_sigmas: float = knob(13.0, "SDClip at this many row deviations: larger is coarser and smaller; Fisher's steps only "
-                                   "begin there", low=0.1)
+    attn_clip_sigmas: float = knob(13.0, "SDClip at so many row deviations: larger is coarser; Fisher begins there", low=0.1)
     mlp_clip_sigmas: float = knob(11.5, "the same for MLP matrices", low=0.1)
     embed_clip_sigmas: float = knob(14.0, "the same for the embedding and hash tables", low=0.1)
     gated_attn_quant_gate: bool = knob(False, "store gate matrices as int8 rows instead of fp16")
@@ -255,8 +244,7 @@ class PackKnobs:
     lqer_asym_group: int = knob(64, "weights that share a step in the second factor", low=1)
     gptq_calibration_batches: int = knob(16, "micro-batches of training data a rank gives to the Hessians", low=1)
     gptq_reserve_seconds: float = knob(-1.0, "training time kept for the Hessians; -1: measured in the warm-up", low=-1)
-    compressor: str = knob("auto", "entropy coder; auto takes the smallest result section by section",
-                           ("auto", "brotli", "zstd", "lzma", "zlib"))
+    compressor: str = knob("auto", "entropy coder; auto: smallest by section", ("auto", "brotli", "zstd", "lzma", "zlib"))
     artifact_max_bytes: int = knob(16_000_000, "cap on packed code + model; one factor of all steps brings them under it", low=1)
     eval_seq_len: int = knob(3072, "tokens in a scored window", low=2)
     eval_stride: int = knob(64, "sliding windows advance by this many tokens", low=1)
@@ -269,10 +257,10 @@ class PackKnobs:
                            "the counts of n-gram experts", ("none", "chunk", "lora"))
     ttt_slots: int = knob(0, "lora: documents side by side over all ranks (scores depend on it, not on the ranks); 0: one for "
                           "every 40 documents, 8 to 512", low=0)
-    ttt_chunk_size: str = knob("256:8,2000:16,24", "lora: tokens scored before each step, as longest-document:tokens, ..., rest")
-    ttt_lora_sites: str = knob("qvomh", "lora: where adapters act: q, k, v, o, m (MLP), h (head)")
-    ttt_lora_rank: int = knob(160, "lora: rank", low=1)
-    ttt_lora_alpha: float = knob(288.0, "lora: output scale times rank", low=0)
+    ttt_chunk_size: str = knob("256:16,2000:32,48", "lora: tokens scored before each step, as longest-document:tokens, ..., rest")
+    ttt_lora_sites: str = knob("omh", "lora: where adapters act: q, k, v, o, m (MLP), h (head)")
+    ttt_lora_rank: int = knob(80, "lora: rank", low=1)
+    ttt_lora_alpha: float = knob(144.0, "lora: output scale times rank", low=0)
     ttt_lora_lr: float = knob(1e-4, "lora: AdamW step (PR #2130: 2e-4 diverges)", low=0)
     ttt_weight_decay: float = knob(0.5, "lora: decoupled decay (PR #1945: 2.0 is steadier)", low=0)
     ttt_beta1: float = knob(0.0, "lora: AdamW", low=0, high=1)
@@ -292,8 +280,7 @@ class PackKnobs:
     ttt_polyak: float = knob(0.0, "chunk: scores read an average of the weights with this decay a step; 0: none", low=0, high=1)
     ttt_byte_weighted: bool = knob(False, "chunk: tokens weigh as many as their bytes")
     phased_ttt_num_phases: int = knob(1, "lora: times that the network itself learns from the documents scored so far", low=0)
-    phased_ttt_prefix_docs: int = knob(0, "lora: of the longest documents, how many are scored by the last of these; 0: 1 in 20",
-                                       low=0)
+    phased_ttt_prefix_docs: int = knob(0, "lora: longest documents scored by the last of these; 0: 1 in 20", low=0)
     global_ttt_lr: float = knob(1e-3, "lora: SGD step of the network itself; falls with a cosine", low=0)
     global_ttt_momentum: float = knob(0.9, "lora: its momentum", low=0, high=1)
     global_ttt_epochs: int = knob(1, "lora: passes over each chunk of scored documents", low=1)
@@ -301,8 +288,7 @@ class PackKnobs:
     ngram_tilt_boost: float = knob(2.625, "added to the logit of the token that counting expects, renormalised; 0: no tilt", low=0)
     ngram_tilt_order: int = knob(16, "tokens of context that must agree (PR #2130: 8 is far worse)", low=1)
     ngram_tilt_threshold: float = knob(0.8, "share of the context's earlier occurrences that the token must have", low=0, high=1)
-    mixer: str = knob("", "n-gram experts hedged with the network in the adaptive pass: letters of u b t p (unigram, bigram, "
-                      "hashed trigram, PPM-C)")
+    mixer: str = knob("", "experts hedged with the network when adapting: letters of u b t p (1- to 3-grams, PPM-C)")
     mixer_eta: float = knob(0.1, "how fast their weights follow the losses of earlier moments", low=0)
     ttt_unfreeze_blocks: int = knob(2, "blocks that TTT_PARAMS=last moves, with all gains and gates", low=0)
 
@@ -367,10 +353,10 @@ PR1693 = NO_EXTRAS | dict(
     ttt_warm_start_a=False, phased_ttt_num_phases=3)
 PR1855 = NO_EXTRAS | dict(
     mlp_mult=4.0, gated_attn_quant_gate=True, lqer_top_k=3, eval_seq_len=2048, ttt_chunk_size="48", ttt_lora_sites="qkvomh",
-    ttt_lora_rank=80, ttt_lora_alpha=144.0, phased_ttt_num_phases=3)
+    phased_ttt_num_phases=3)
 PR2135 = AS_PUBLISHED | dict(
     mlp_mult=4.0, matrix_lr=0.028, lqer_top_k=3, lqer_asym_group=32, gptq_calibration_batches=32, eval_seq_len=2560,
-    ttt_chunk_size="48", ttt_lora_rank=80, ttt_lora_alpha=144.0, ttt_lora_lr=8e-5, ttt_weight_decay=2.0)
+    ttt_chunk_size="48", ttt_lora_sites="qvomh", ttt_lora_lr=8e-5, ttt_weight_decay=2.0)
 
 # An empty table: the defaults are the record.
 PRESETS = {"record": {}, "baseline": BASELINE, "pr413": PR413, "pr430": PR430, "pr490": PR490, "pr1880": PR1880,
@@ -1387,11 +1373,13 @@ if installed("triton"):  # on a CPU too: its interpreter runs the kernels there,
     # Both kernels: one program a (slot, kv head); its rows are the C new tokens of all G query heads of the group. The
     # past is read once, block by block, and takes no gradient, so the backward pass needs no atomics either.
     @triton.jit
-    def cached_rows(s, kv, C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, R: tl.constexpr):
+    def cached_rows(s, kv, stride, C: tl.constexpr, G: tl.constexpr, E: tl.constexpr, R: tl.constexpr):
         r = tl.arange(0, R)
-        c = r % C
-        at = ((s * C + c) * H + kv * G + r // C)[:, None] * E + tl.arange(0, E)[None, :]
-        return c, at, (r < G * C)[:, None]
+        return ((s * C + r % C) * stride + (kv * G + r // C) * E)[:, None] + tl.arange(0, E)[None, :]
+
+    @triton.jit
+    def kv_rows(s, kv, j, stride, count, E: tl.constexpr):
+        return ((s * count + j) * stride + kv * E)[:, None] + tl.arange(0, E)[None, :]
 
     @triton.jit
     def ring_scores(q, k, cell, c, begin, W: tl.constexpr, scale):
@@ -1411,51 +1399,54 @@ if installed("triton"):  # on a CPU too: its interpreter runs the kernels there,
         return top, l * old + tl.sum(p, 1), acc * old[:, None] + tl.dot(p.to(v.dtype), v)
 
     @triton.jit
-    def cached_forward(Q, K, V, OK, OV, BEGIN, OUT, LSE, scale, cells, W: tl.constexpr, C: tl.constexpr, H: tl.constexpr,
-                       G: tl.constexpr, E: tl.constexpr, R: tl.constexpr, J: tl.constexpr, N: tl.constexpr):
-        """OUT [S C, H, E] and base-2 log-sum-exp LSE [S, K, R]; names in capitals are pointers or sizes."""
-        s, kv, KH = tl.program_id(0), tl.program_id(1), H // G
-        c, at, live = cached_rows(s, kv, C, H, G, E, R)
-        begin, e = tl.load(BEGIN + s).to(tl.int32), tl.arange(0, E)[None, :]
+    def cached_forward(Q, K, V, OK, OV, BEGIN, OUT, LSE, scale, cells, qs, ks, vs, W: tl.constexpr, C: tl.constexpr,
+                       H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, R: tl.constexpr, J: tl.constexpr, N: tl.constexpr):
+        """OUT [S C, H, E] and base-2 log-sum-exp LSE [S, K, R]; names in capitals are pointers or sizes, qs, ks, vs strides."""
+        s, kv, KH, r = tl.program_id(0), tl.program_id(1), H // G, tl.arange(0, R)
+        c, at, live = r % C, cached_rows(s, kv, qs, C, G, E, R), (r < G * C)[:, None]
+        begin = tl.load(BEGIN + s).to(tl.int32)
         q = tl.load(Q + at, mask=live, other=0.0)
         m, l, acc = tl.full([R], float("-inf"), tl.float32), tl.zeros([R], tl.float32), tl.zeros([R, E], tl.float32)
         filled = tl.minimum(begin, W)  # a young document reads little
         for first in range(0, filled, N):
             cell = first + tl.arange(0, N)
-            where = ((s * cells + cell) * KH + kv)[:, None] * E + e
+            where = kv_rows(s, kv, cell, KH * E, cells, E)
             k = tl.load(OK + where, mask=(cell < filled)[:, None], other=0.0)
             v = tl.load(OV + where, mask=(cell < filled)[:, None], other=0.0)
             z = tl.where((cell < filled)[None, :], ring_scores(q, k, cell, c, begin, W, scale), float("-inf"))
             m, l, acc = fold(z, v, m, l, acc)
         j = tl.arange(0, J)
-        where = ((s * C + j) * KH + kv)[:, None] * E + e
-        k, v = tl.load(K + where, mask=(j < C)[:, None], other=0.0), tl.load(V + where, mask=(j < C)[:, None], other=0.0)
+        k = tl.load(K + kv_rows(s, kv, j, ks, C, E), mask=(j < C)[:, None], other=0.0)
+        v = tl.load(V + kv_rows(s, kv, j, vs, C, E), mask=(j < C)[:, None], other=0.0)
         m, l, acc = fold(own_scores(q, k, j, c, C, scale), v, m, l, acc)
-        tl.store(OUT + at, (acc / l[:, None]).to(OUT.dtype.element_ty), mask=live)
+        tl.store(OUT + cached_rows(s, kv, H * E, C, G, E, R), (acc / l[:, None]).to(OUT.dtype.element_ty), mask=live)
         tl.store(LSE + (s * KH + kv) * R + tl.arange(0, R), m + tl.log2(l))
 
     @triton.jit
-    def cached_backward(Q, K, V, OK, OV, BEGIN, OUT, LSE, GRAD, DQ, DK, DV, scale, cells, W: tl.constexpr, C: tl.constexpr,
-                        H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, R: tl.constexpr, J: tl.constexpr, N: tl.constexpr):
+    def cached_backward(Q, K, V, OK, OV, BEGIN, OUT, LSE, GRAD, DQ, DK, DV, scale, cells, qs, ks, vs, W: tl.constexpr,
+                        C: tl.constexpr, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, R: tl.constexpr, J: tl.constexpr,
+                        N: tl.constexpr):
         """DQ over past and new keys; DK and DV of the new ones, summed over the group's query heads."""
-        s, kv, KH = tl.program_id(0), tl.program_id(1), H // G
-        c, at, live = cached_rows(s, kv, C, H, G, E, R)
-        begin, e = tl.load(BEGIN + s).to(tl.int32), tl.arange(0, E)[None, :]
-        q, g = tl.load(Q + at, mask=live, other=0.0), tl.load(GRAD + at, mask=live, other=0.0)
+        s, kv, KH, r = tl.program_id(0), tl.program_id(1), H // G, tl.arange(0, R)
+        c, at, live = r % C, cached_rows(s, kv, H * E, C, G, E, R), (r < G * C)[:, None]
+        begin = tl.load(BEGIN + s).to(tl.int32)
+        q = tl.load(Q + cached_rows(s, kv, qs, C, G, E, R), mask=live, other=0.0)
+        g = tl.load(GRAD + at, mask=live, other=0.0)
         out, lse = tl.load(OUT + at, mask=live, other=0.0), tl.load(LSE + (s * KH + kv) * R + tl.arange(0, R))
         mean = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)  # sum_j p_j dp_j
         dq, filled = tl.zeros([R, E], tl.float32), tl.minimum(begin, W)
         for first in range(0, filled, N):
             cell = first + tl.arange(0, N)
-            where = ((s * cells + cell) * KH + kv)[:, None] * E + e
+            where = kv_rows(s, kv, cell, KH * E, cells, E)
             k = tl.load(OK + where, mask=(cell < filled)[:, None], other=0.0)
             v = tl.load(OV + where, mask=(cell < filled)[:, None], other=0.0)
             z = tl.where((cell < filled)[None, :], ring_scores(q, k, cell, c, begin, W, scale), float("-inf"))
             p = tl.exp2(z - lse[:, None])
             dq += tl.dot((p * (tl.dot(g, tl.trans(v)) - mean[:, None])).to(k.dtype), k)
         j = tl.arange(0, J)
-        where = ((s * C + j) * KH + kv)[:, None] * E + e
-        k, v = tl.load(K + where, mask=(j < C)[:, None], other=0.0), tl.load(V + where, mask=(j < C)[:, None], other=0.0)
+        k = tl.load(K + kv_rows(s, kv, j, ks, C, E), mask=(j < C)[:, None], other=0.0)
+        v = tl.load(V + kv_rows(s, kv, j, vs, C, E), mask=(j < C)[:, None], other=0.0)
+        where = kv_rows(s, kv, j, KH * E, C, E)
         p = tl.where(live, tl.exp2(own_scores(q, k, j, c, C, scale) - lse[:, None]), 0.0)
         ds = (p * (tl.dot(g, tl.trans(v)) - mean[:, None])).to(k.dtype)
         dq += tl.dot(ds, k)
@@ -1470,25 +1461,25 @@ class CachedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, old_k, old_v, begin, window):
-        """Shapes as attention_cached's; E a power of two from 16 on."""
+        """Shapes as attention_cached's, heads side by side in rows of any stride; E a power of two from 16 on."""
         S, H, E = len(begin), q.shape[1], q.shape[2]
-        C, K = q.shape[0] // S, k.shape[1]
+        C, K, strides = q.shape[0] // S, k.shape[1], [x.stride(0) for x in (q, k, v)]
         shape = dict(W=window, C=C, H=H, G=H // K, E=E, R=max(16, triton.next_power_of_2(H // K * C)),
                      J=max(16, triton.next_power_of_2(C)), N=64)
-        out, lse = torch.empty_like(q), q.new_empty(S, K, shape["R"], dtype=torch.float32)
+        out, lse = q.new_empty(q.shape), q.new_empty(S, K, shape["R"], dtype=torch.float32)
         scale = math.log2(math.e) / math.sqrt(E)
-        cached_forward[S, K](q, k, v, old_k, old_v, begin, out, lse, scale, old_k.shape[1], **shape, num_warps=4)
+        cached_forward[S, K](q, k, v, old_k, old_v, begin, out, lse, scale, old_k.shape[1], *strides, **shape, num_warps=4)
         ctx.save_for_backward(q, k, v, old_k, old_v, begin, out, lse)
-        ctx.shape, ctx.scale = shape, scale
+        ctx.shape, ctx.numbers = shape, (scale, old_k.shape[1], *strides)
         return out
 
     @staticmethod
     def backward(ctx, grad):
         """Gradients of q and of the new k and v; the ring takes none."""
         q, k, v, old_k, old_v, begin, out, lse = ctx.saved_tensors
-        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
         cached_backward[len(begin), k.shape[1]](q, k, v, old_k, old_v, begin, out, lse, grad.contiguous(), dq, dk, dv,
-                                                ctx.scale, old_k.shape[1], **ctx.shape, num_warps=8)
+                                                *ctx.numbers, **ctx.shape, num_warps=8)
         return dq, dk, dv, None, None, None, None
 
 
@@ -1498,7 +1489,7 @@ def attention_cached(q: Tensor, k: Tensor, v: Tensor, past: tuple) -> Tensor:
     q [S C, H, E], k and v [S C, K, E], a Past with k and v [S, cells, K, E] -> [S C, H, E]
     """
     if q.is_cuda and HAVE["triton"] and past.window:
-        return CachedAttention.apply(*(x.contiguous() for x in (q, k, v)), past.k, past.v, past.begin, past.window)
+        return CachedAttention.apply(q, k, v, past.k, past.v, past.begin, past.window)
     return attention_cached_eager(q, k, v, past)
 
 
@@ -1596,18 +1587,18 @@ def soft_cap(logits: Tensor, cap: float | Tensor) -> Tensor:
     return cap * torch.tanh(logits / cap) if isinstance(cap, Tensor) or cap else logits
 
 
-def norm(x: Tensor) -> Tensor:
+def norm(x: Tensor, eps: float = 1.2e-7) -> Tensor:
     """RMS norm over the last dimension, no weight."""
     # fp32 machine epsilon: torch's default for a bf16 input would leave small embeddings unnormalised
-    return F.rms_norm(x, (x.shape[-1],), eps=1.2e-7)
+    return F.rms_norm(x, (x.shape[-1],), eps=eps)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate the first channels of each head, first half against second half; the rest carry no position. [T, H, E]"""
-    cos, sin = rope
-    half = cos.shape[-1]  # rotary channels are the first 2 * half
-    a, b, rest = x.split((half, half, x.shape[-1] - 2 * half), -1)
-    return torch.cat(((a * cos + b * sin).to(x.dtype), (b * cos - a * sin).to(x.dtype), rest), -1)
+    cos, sin = rope  # [T, 1, rotary channels], sin with the sign of what it turns
+    turning, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), -1)
+    other = turning.roll(cos.shape[-1] // 2, -1)  # each channel's partner
+    return torch.cat((torch.addcmul(turning * cos, other, sin).to(x.dtype), rest), -1)
 
 
 def head_nll_eager(h: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor:
@@ -1789,7 +1780,7 @@ class Past(NamedTuple):
 
 
 class VisitAdapters(NamedTuple):
-    """Low-rank corrections of one visit, one set a document slot: (A [S, in, r], B [S, r, out], scale) or None."""
+    """Low-rank corrections of one visit, one set a document slot: (A [S, in, r], B [S, r, out]) or None."""
     q: tuple | None = None
     k: tuple | None = None
     v: tuple | None = None
@@ -1804,18 +1795,17 @@ class HeadAdapters(NamedTuple):
 
     def of_first(self) -> "HeadAdapters":
         """Slot 0's share."""
-        return HeadAdapters(self.low and (self.low[0][:1], self.low[1][:1], self.low[2]),
-                            None if self.caps is None else self.caps[:1])
+        return HeadAdapters(self.low and (self.low[0][:1], self.low[1][:1]), None if self.caps is None else self.caps[:1])
 
 
-def corrected(y: Tensor, x: Tensor, pair: tuple[Tensor, Tensor, float] | None) -> Tensor:
-    """y + scale x A B, each document slot with its own A and B. y [S C, out], x [S C, in]"""
+def corrected(y: Tensor, x: Tensor, pair: tuple[Tensor, Tensor] | None) -> Tensor:
+    """y + x A B, each document slot with its own A and B. y [S C, out], x [S C, in]"""
     if pair is None:
         return y
-    a, b = (m.to(x.dtype) for m in pair[:2])
+    a, b = pair
     # as rows times matrices, so that gradients come as they lie: transposing them took a seventh of a step
-    narrow = pair[2] * (x.unflatten(0, (a.shape[0], -1)) @ a)  # [S, C, rank]
-    return y + (narrow @ b).flatten(0, 1)
+    rows, y_ = (t.unflatten(0, (len(a), -1)) for t in (x, y))
+    return torch.baddbmm(y_, rows @ a, b).flatten(0, 1)
 
 
 class Linear(nn.Module):
@@ -1834,10 +1824,11 @@ class Rotary(nn.Module):
 
     def __init__(self, dims: int, base: float):
         super().__init__()
-        self.register_buffer("frequency", base ** (-torch.arange(0, dims, 2).float() / dims), persistent=False)
+        half = base ** (-torch.arange(0, dims, 2).float() / dims)
+        self.register_buffer("frequency", torch.cat((half, -half)), persistent=False)  # the second half turns back
 
     def forward(self, pos: Tensor) -> tuple[Tensor, Tensor]:
-        angle = pos[:, None, None] * self.frequency.float()  # [T, 1, dims/2]
+        angle = pos[:, None, None] * self.frequency.float()  # [T, 1, dims]
         return angle.cos(), angle.sin()
 
 
@@ -1846,9 +1837,9 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
 
     A head can always copy its own token through the residual stream; this leaves attention to the others. (PR #287)
     """
-    y_TKGE, v_TK1E = y.unflatten(1, (v.shape[1], -1)), v[:, :, None]  # G query heads share a kv head
-    along = (y_TKGE * v_TK1E).sum(-1, keepdim=True) / (v_TK1E * v_TK1E).sum(-1, keepdim=True).clamp_min(1e-12)
-    return (y_TKGE - along * v_TK1E).flatten(1, 2)
+    y_TKGE, u_TK1E = y.unflatten(1, (v.shape[1], -1)), norm(v, 1e-24)[:, :, None]  # G query heads share a kv head
+    along = (y_TKGE * u_TK1E).sum(-1, keepdim=True)
+    return torch.addcmul(y_TKGE, along, u_TK1E, value=-1 / v.shape[2]).flatten(1, 2)  # u has E as its squared length
 
 
 class GateKind(NamedTuple):
@@ -1885,7 +1876,8 @@ class HeadGate(nn.Module):
         if self.weight is None:
             return bias
         z = F.linear(x[:, :self.width], self.weight.to(x.dtype), bias)  # one small GEMM, fused into its neighbours
-        return self.outer * torch.sigmoid(self.inner * z)
+        gate = torch.sigmoid(self.inner * z)
+        return gate if self.outer == 1 else self.outer * gate
 
 
 class ValueMix(nn.Module):
@@ -1928,10 +1920,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, values: OtherValues, rope: tuple, cu: Tensor, longest: int, lora: VisitAdapters,
                 past: Past | None) -> tuple[Tensor, tuple]:
         """x [T, D] -> (output [T, D], what others want of it: (values for later layers, keys, values for the cache))."""
-        # one GEMM for all three; adapters of queries, keys and values are three
-        parts = self.qkv(x).split([n * self.head_dim for n in self.heads], -1)
-        q, k, v = (corrected(y, x, pair).unflatten(-1, (n, -1)) for y, pair, n in zip(parts, lora[:3], self.heads))
-        q, k = rotate(norm(q), rope) * self.q_gain.to(q.dtype)[:, None], rotate(norm(k), rope)
+        y = self.qkv(x)  # one GEMM for all three; adapters of queries, keys and values are three
+        if any(pair is not None for pair in lora[:3]):
+            parts = y.split([n * self.head_dim for n in self.heads], -1)
+            y = torch.cat([corrected(part, x, pair) for part, pair in zip(parts, lora[:3])], -1)
+        queries, keys, _ = self.heads
+        qk, v = y.unflatten(-1, (-1, self.head_dim)).split((queries + keys, keys), 1)
+        q, k = rotate(norm(qk), rope).split((queries, keys), 1)
+        q = q * self.q_gain.to(q.dtype)[:, None]
         # before attention and XSA, so that both use one v
         if self.value_scale is not None:
             v = v + self.value_scale.to(v.dtype) * values.embedded.view_as(v)
@@ -1983,20 +1979,20 @@ class Block(nn.Module):
         Returns the new stream, the new second lane and what attention keeps. (Two lanes: PR #1204.)
         """
         kept, fresh = self.resid_mix.to(x.dtype)  # starts as (1, 0): the stream alone
-        base = kept * x + fresh * x0  # every block may reach back to the input
+        base = torch.addcmul(kept * x, fresh, x0)  # every block may reach back to the input
         a, keeps = self.attn(norm(base) * self.depth_scale, values, rope, cu, longest, lora, past)
-        a = self.attn_scale.to(x.dtype) * a
+        attn_scale, mlp_scale = self.attn_scale.to(x.dtype), self.mlp_scale.to(x.dtype)
         if mix is not None:
             lane = x if lane is None else lane  # the first such visit splits the stream
-            b = self.mlp_out(lane, lora)  # the MLP reads its own lane, unmixed
+            a, b = attn_scale * a, mlp_scale * self.mlp_out(lane, lora)  # the MLP reads its own lane, unmixed
             resid, post = mix[0].to(x.dtype), mix[1].to(x.dtype)
             return (resid[0] * x + post[0, 0] * a + post[0, 1] * b, resid[1] * lane + post[1, 0] * a + post[1, 1] * b, keeps)
-        x = base + a
-        x = x + self.mlp_out(base if self.abreast else x, lora)
+        x = torch.addcmul(base, attn_scale, a)
+        x = torch.addcmul(x, mlp_scale, self.mlp_out(base if self.abreast else x, lora))
         return x if self.x0_scale is None else x + self.x0_scale.to(x.dtype) * x0, None, keeps
 
     def mlp_out(self, x: Tensor, lora: VisitAdapters) -> Tensor:
-        return self.mlp_scale.to(x.dtype) * self.mlp(norm(x) * self.depth_scale, lora.mlp)
+        return self.mlp(norm(x) * self.depth_scale, lora.mlp)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3260,7 +3256,8 @@ def fit_artifact(quantizer: Quantizer, meta: dict, cfg: Config, run: Run) -> tup
         if total <= cap and (best is None or total > best[0]):
             best = last
         tries = [*tries, (math.log2(coarser), total)][-2:]
-        stuck = total > cap and len(tries) == 2 and abs(tries[1][1] - tries[0][1]) < 1e-4 * cap  # steps at their limits
+        # steps at their limits: an octave saved nothing
+        stuck = len(tries) == 2 and tries[1][0] > tries[0][0] + 0.9 and tries[0][1] - tries[1][1] < 1e-4 * cap
         if total <= cap and (coarser == finest or total > 0.995 * cap) or stuck:
             break
         slope = -quantizer.weights / 8 if len(tries) < 2 else (tries[1][1] - tries[0][1]) / (tries[1][0] - tries[0][0])
@@ -3960,23 +3957,22 @@ class Slots:
     def __init__(self, model: GPT, cfg: Config, run: Run, count: int):
         self.cfg = cfg
         self.sites, self.window = adapter_sites(model, cfg), cfg.eval_seq_len
-        rank, rng, parts, fixed = cfg.ttt_lora_rank, torch.Generator().manual_seed(cfg.seed), [], []
-        for _, _, into, out in self.sites:
-            parts += [(2 * torch.rand(rank * into, generator=rng) - 1) / math.sqrt(into), torch.zeros(out * rank)]
-            fixed += [torch.ones(rank * into, dtype=torch.bool), torch.zeros(out * rank, dtype=torch.bool)]
+        rank, rng, parts = cfg.ttt_lora_rank, torch.Generator().manual_seed(cfg.seed), []
+        for _, _, into, out in self.sites:  # start, whether it outlives a document, what a unit of theta stands for
+            parts += [((2 * torch.rand(rank * into, generator=rng) - 1) / math.sqrt(into), True, 1.0),
+                      (torch.zeros(out * rank), False, cfg.ttt_lora_alpha / rank)]
         extra = 2 * cfg.ttt_asym_logit
-        extra += -(sum(map(len, parts)) + extra) % 64  # rows start at whole cache lines: matrix units want aligned strides
-        parts.append(torch.zeros(extra))
-        fixed.append(torch.ones(extra, dtype=torch.bool))  # softcaps are kept like A
-        self.sizes = [len(x) for x in parts]
-        self.start = torch.cat(parts).to(run.device)  # one row: all slots and all ranks start alike
-        self.kept = torch.cat(fixed).to(run.device) & cfg.ttt_warm_start_a
+        extra += -(sum(len(x) for x, *_ in parts) + extra) % 64  # rows start at whole cache lines: matrix units want aligned strides
+        starts, kept, scale = zip(*parts, (torch.zeros(extra), True, self.CAP_SCALE))  # softcaps are kept like A
+        self.sizes = [len(x) for x in starts]
+        self.start = torch.cat(starts).to(run.device)  # one row: all slots and all ranks start alike
+        self.kept, self.scale = (torch.tensor(x).repeat_interleave(torch.tensor(self.sizes)).to(run.device) for x in (kept, scale))
+        self.kept &= cfg.ttt_warm_start_a
         self.theta = self.start.repeat(count, 1)
         self.first = torch.zeros_like(self.theta) if cfg.ttt_beta1 else None
         self.second, self.steps = torch.zeros_like(self.theta), torch.zeros(count, 1, device=run.device)
         cells = count, (self.window if cfg.ttt_cache == "keep" else 0) + self.SPARE, cfg.num_kv_heads, cfg.head_dim
-        self.keys = [torch.zeros(cells, device=run.device, dtype=run.dtype) for _ in model.plans[1]]
-        self.values = [torch.zeros_like(k) for k in self.keys]
+        self.past = torch.zeros(2 * len(model.plans[1]), *cells, device=run.device, dtype=run.dtype)  # a visit's keys, its values, ...
         self.renew = model.renew
 
     def begin(self, which: Tensor) -> None:
@@ -3988,16 +3984,16 @@ class Slots:
                 state[which] = 0.0
 
     def memory(self, theta: Tensor, begin: Tensor, lead: int) -> Memory:
-        """The model's view of the first n slots: adapters cut out of theta [n, P], and the past before begin [n]."""
-        n, scale = len(theta), self.cfg.ttt_lora_alpha / self.cfg.ttt_lora_rank
+        """The model's view of the first n slots: adapters cut out of scaled theta [n, P], and the past before begin [n]."""
+        n = len(theta)
         *pairs, extra = theta.split(self.sizes, 1)
         made: dict[int, dict] = {}
         for (visit, field_, into, out), a, b in zip(self.sites, pairs[::2], pairs[1::2]):
-            made.setdefault(visit, {})[field_] = (a.unflatten(1, (into, -1)), b.unflatten(1, (-1, out)), scale)
-        caps = self.cfg.logit_softcap + self.CAP_SCALE * extra[:, :2].float() if self.cfg.ttt_asym_logit else None
+            made.setdefault(visit, {})[field_] = a.unflatten(1, (into, -1)), b.unflatten(1, (-1, out))
+        caps = self.cfg.logit_softcap + extra[:, :2].float() if self.cfg.ttt_asym_logit else None
         head = HeadAdapters(**made.pop(-1, {}), caps=caps)
-        past = [Past(k[:n], v[:n], begin, k.shape[1] - self.SPARE) for k, v in zip(self.keys, self.values)]
-        return Memory([VisitAdapters(**made.get(i, {})) for i in range(len(self.keys))], past, head, n, lead, [])
+        past = [Past(k[:n], v[:n], begin, k.shape[1] - self.SPARE) for k, v in zip(self.past[::2], self.past[1::2])]
+        return Memory([VisitAdapters(**made.get(i, {})) for i in range(len(past))], past, head, n, lead, [])
 
     @torch.no_grad()
     def remember(self, memory: Memory, pos: Tensor, real: Tensor) -> None:
@@ -4005,12 +4001,14 @@ class Slots:
         n, ring = pos.shape[0], memory.past[0].window
         cell = torch.where(real, pos % max(ring, 1), ring)
         row = torch.arange(n, device=pos.device)[:, None].expand_as(cell)
-        for old_k, old_v, (k, v) in zip(self.keys, self.values, memory.kept):
-            old_k[row, cell], old_v[row, cell] = k.unflatten(0, (n, -1)), v.unflatten(0, (n, -1))
+        self.past[:, row, cell] = torch.stack([x.unflatten(0, (n, -1)) for pair in memory.kept for x in pair])
 
     @torch.no_grad()
     def learn(self, grad: Tensor, learns: Tensor) -> None:
-        """AdamW on the first n rows; a slot that has no later chunk does not move. grad [n, P], learns [n] bool"""
+        """AdamW on the first n rows; a slot that has no later chunk does not move. grad [n, P], learns [n] bool
+
+        The gradient is of scaled theta: AdamW's steps do not see a constant factor.
+        """
         n, c = len(grad), self.cfg
         self.steps[:n] += learns[:, None]
         self.renew(self.theta[:n], grad, self.first[:n] if c.ttt_beta1 else None, self.second[:n], self.steps[:n],
@@ -4090,7 +4088,8 @@ class DocumentScorer:
         inner = index[:, self.lead:]
         real = (inner >= begin) & (inner < end)
         # half the bytes to read, and gradients in the same precision; the masters stay fp32
-        theta = self.slots.theta[:n].detach().to(self.run.dtype).requires_grad_()
+        theta = torch.empty_like(self.slots.theta[:n], dtype=self.run.dtype)
+        torch.mul(self.slots.theta[:n], self.slots.scale, out=theta).requires_grad_()
         memory = self.slots.memory(theta, (begin - doc).squeeze(1) - back, self.lead)
         target = self.tokens[(inner + 1).clamp(0, self.val.targets)].flatten()
         h, weight = self.model.hidden(ids.flatten(), pos.flatten(), None, chunk, memory), self.model.input.tok_emb.weight
@@ -4383,14 +4382,13 @@ def warm_up(model: GPT, optimizers: Optimizers, stream: TrainStream, cfg: Config
 
     Also times some calibration batches; returns the seconds to keep for the Hessians at the end.
     """
-    saved = [p.detach().clone() for p in model.parameters()]
+    saved = copy.deepcopy(model.state_dict())
     for share, looping in graphs(cfg, run.world):
         batches = stream.cut(0, rank_blocks(cfg, share, run.world), cfg.train_seq_len)  # training data, the same for all graphs
         for i in range(cfg.warmup_steps):
             train_step(model, optimizers, batches, Values(1.0, cfg.muon_momentum, looping))
             run.log(f"warmup_step:{i + 1}/{cfg.warmup_steps} looping:{looping} at:{run.clock.read():.1f}s")
-    for p, s in zip(model.parameters(), saved):
-        p.data.copy_(s)
+    model.load_state_dict(saved)
     optimizers.reset()  # momentum of the warm-up must not reach step 0
     if cfg.gptq_reserve_seconds >= 0 or not cfg.timed or cfg.quantizer != "gptq":
         return max(cfg.gptq_reserve_seconds, 0.0)

@@ -60,6 +60,19 @@ def mlp(tokens, dim, hidden, slope):
     return compare(form(tg.mlp_fused), form(tg.mlp_eager), [torch.randn(tokens, dim), *weights])
 
 
+def cached(slots, rows, heads, window, begin):
+    """The lock step's attention over rings not yet full, full, and turned over; rows as views of wider ones."""
+    group, width = 2, 16
+    begin, cells = torch.tensor(begin), window + 8
+    past = tg.Past(torch.randn(slots, cells, heads, width), torch.randn(slots, cells, heads, width), begin, window)
+
+    def form(f):
+        return lambda qk, v: f(*qk.split((group * heads, heads), 1), v[:, heads:], past)
+    fused = form(lambda q, k, v, past: tg.CachedAttention.apply(q, k, v, past.k, past.v, past.begin, past.window))
+    return compare(fused, form(tg.attention_cached_eager), [torch.randn(slots * rows, (group + 1) * heads, width),
+                                                            torch.randn(slots * rows, 2 * heads, width)])
+
+
 def network(looping):
     """Loss of a whole toy network, and the gradient of every parameter, with a one-token and an empty segment."""
     row, results = make_row(quiet_run(small())), []
@@ -84,5 +97,6 @@ repair_bounds()
 torch.manual_seed(0)
 found = {f"nll {c}": nll(*c) for c in ((7, 64, 30.0), (5, 50, 15.0), (1, 300, 5.0))}
 found |= {f"mlp {c}": mlp(*c) for c in ((300, 64, 264, 0.5), (1, 32, 64, 0.0), (129, 96, 520, 0.5))}
+found |= {f"cached {c}": cached(*c) for c in ((3, 5, 2, 64, (0, 7, 64)), (2, 16, 1, 40, (41, 500)))}
 found |= {f"network looping={c}": network(c) for c in (False, True)}
 print(json.dumps(found))

@@ -261,8 +261,8 @@ def test_momentum(p, warmup, expected):
 def test_schedules_are_pure_and_tell_what_fired():
     schedules = tg.Schedules(small(enable_looping_at=0.35, warmdown_frac=0.85))
     at = {p: schedules.at(p) for p in (0.5, 1.0, 0.0, 0.35, 0.3499)}
-    # the first steps are half as long, so their rate is a root of a half
-    assert at[0.0] == tg.Values(pytest.approx(math.sqrt(0.5)), 0.92, False) and at[1.0] == tg.Values(pytest.approx(0.1), 0.97, True)
+    # the first steps are a quarter as long, so their rate is a root of a quarter
+    assert at[0.0] == tg.Values(pytest.approx(math.sqrt(0.25)), 0.92, False) and at[1.0] == tg.Values(pytest.approx(0.1), 0.97, True)
     assert at[0.5].looping and at[0.35].looping and not at[0.3499].looping
     again = tg.Schedules(small())
     assert {p: again.at(p) for p in sorted(at)} == at, "a value depends on progress alone, not on what was asked before"
@@ -270,8 +270,8 @@ def test_schedules_are_pure_and_tell_what_fired():
 
 @pytest.mark.parametrize("knobs, last, silent", [
     (dict(), 1.0, []), (dict(), 0.34, ["looping", "batch_schedule"]), (dict(), 0.1, ["warmdown", "looping", "batch_schedule"]),
-    (dict(num_loops=0, train_batch_schedule=""), 0.34, []), (dict(train_seq_schedule="16:.9"), 0.8, ["seq_schedule"]),
-    (dict(average="swa"), 0.79, ["swa"]), (dict(average="swa"), 0.8, []), (dict(min_lr=1.0), 1.0, []),
+    (dict(num_loops=0, train_batch_schedule=""), 0.34, []), (dict(train_seq_schedule="16:.9"), 0.86, ["seq_schedule"]),
+    (dict(average="swa", swa_start_frac=0.9), 0.89, ["swa"]), (dict(average="swa"), 0.9, []), (dict(min_lr=1.0), 1.0, []),
     (dict(warmdown_frac=0), 1.0, []), (dict(muon_momentum_warmup_frac=0), 1.0, [])], ids=str)
 def test_a_schedule_that_never_fired_is_named(knobs, last, silent):
     schedules = tg.Schedules(small(**knobs))
@@ -402,9 +402,9 @@ def test_the_reset_is_what_does_it(owner, reset, run, monkeypatch):
 
 
 @pytest.mark.parametrize("knobs, world, found", [
-    # one GPU makes two passes of a whole batch and one of a half, alike; of eight each makes one pass, half as long
-    (dict(train_batch_tokens=262144), 1, [(0.5, False), (0.5, True)]), ({}, 8, [(0.5, False), (0.5, True), (1.0, True)]),
-    (dict(num_loops=0), 8, [(0.5, False), (1.0, False)]), (dict(train_batch_schedule=""), 8, [(1.0, False), (1.0, True)]),
+    # one GPU makes two passes of a whole batch and one of a half, alike, and one half as long of a quarter; of eight each makes one
+    (dict(train_batch_tokens=262144), 1, [(0.25, False), (0.5, True)]), ({}, 8, [(0.25, False), (0.5, True), (1.0, True)]),
+    (dict(num_loops=0), 8, [(0.25, False), (0.5, False), (1.0, False)]), (dict(train_batch_schedule=""), 8, [(1.0, False), (1.0, True)]),
     (dict(train_batch_schedule="0.5:.2", enable_looping_at=0.3), 8, [(0.5, False), (1.0, False), (1.0, True)])], ids=str)
 def test_every_graph_of_a_run_is_compiled_before_it_starts(knobs, world, found):
     cfg = tg.load_config({"PRESET": "record", **{k.upper(): str(v) for k, v in knobs.items()}}, True)

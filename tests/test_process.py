@@ -339,7 +339,7 @@ def test_events_agree_with_the_log(whole):
     told = [(int(s), float(loss)) for s, _, loss, *_ in STEP.findall(whole.log)]
     assert [(e["step"], round(e["loss"], 4)) for e in whole.event("train")] == told
     seen, batch = [e["tokens"] for e in whole.event("train")], whole.event("config")[0]["train_batch_tokens"]
-    assert seen[0] == batch // 2 and seen == sorted(set(seen)), "the first steps are half as long, and all are counted as they are"
+    assert seen[0] == batch // 4 and seen == sorted(set(seen)), "the first steps are a quarter as long, and all are counted as they are"
     assert seen[-1] <= sum(e["tokens"] for e in whole.event("phase")) < batch * sum(e["steps"] for e in whole.event("phase"))
     scores = [[f"{e['val_loss']:.8f}", f"{e['val_bpb']:.8f}"] for e in whole.event("score")]
     assert scores == list(map(list, whole.scores.values()))
@@ -413,8 +413,8 @@ def test_doctor_measures_steps_and_keeps_nothing(lab):
                 if e["event"] == "doctor"]
     seconds = event["seconds"]
     assert set(seconds) == {"False", "True"} and 0 < seconds["False"] < seconds["True"]
-    # steps are half as long until 70 % of the run
-    assert event["steps"] == pytest.approx(600 * (0.7 / seconds["False"] + (0.7 + 0.3) / seconds["True"]))
+    # steps are a quarter as long until 35 % of the run, where recurrence begins, and half as long until 85 %
+    assert event["steps"] == pytest.approx(600 * (4 * 0.35 / seconds["False"] + (2 * 0.5 + 0.15) / seconds["True"]))
     assert f"predicted: {event['steps']:.0f} steps in 600s" in ended.out
     mine = hashlib.sha256(Path(lab.data["TOKENIZER_PATH"]).read_bytes()).hexdigest()[:16]
     assert f"sha256 {mine}" in ended.out and "attention:" in ended.out and "validation: {" in ended.out

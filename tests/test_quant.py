@@ -1,4 +1,5 @@
 """Quantisation and the artifact: against the published algorithm in fp64, bit by bit, and against damage of every kind."""
+import contextlib
 import dataclasses
 import functools
 import math
@@ -659,6 +660,24 @@ def test_an_artifact_under_the_cap_is_left_alone(wide):
     cfg = small(**WIDER, artifact_max_bytes=code + model + 200)
     run = quiet_run(cfg)
     assert tg.fit_artifact(q, {}, cfg, run)[2] == 1.0 and not run.failures
+
+
+def test_the_search_leaves_a_plateau():
+    """Of a network at its start some rows are as fine as may be and the others as coarse: small moves of the steps change no byte."""
+    class Plateau:
+        slopes, weights, kept = {}, 8000, {}
+
+        def solve(self, coarser):
+            return coarser, {}
+    cfg = small(artifact_max_bytes=10_000)
+    run = quiet_run(cfg)
+    size = {"pack_code": lambda source: b"x" * 1000, "bits_by_tensor": lambda tensors: {"w": 0},
+            "build_artifact": lambda coarser, *rest: (b"x" * (9010 if coarser < 4 else 8000), {})}
+    with contextlib.ExitStack() as stack:
+        for name, f in size.items():
+            stack.enter_context(mock.patch.object(tg, name, f))
+        data, _, coarser = tg.fit_artifact(Plateau(), {}, cfg, run)
+    assert not run.failures and coarser >= 4 and len(data) == 8000
 
 
 @pytest.mark.parametrize("spare", [-1000, 300])
