@@ -312,7 +312,7 @@ SMOKE = dict(
     num_layers=5, model_dim=128, num_heads=4, num_kv_heads=2, mlp_mult=3.0, xsa_last_n=5, num_loops=1, loop_start=1,
     loop_end=2, parallel_start_layer=3, train_seq_len=256, eval_seq_len=256, eval_stride=128, train_batch_tokens=4096,
     pack_tokens=1024, micro_batch_tokens=4096, val_batch_tokens=8192, max_wallclock_seconds=75.0,
-    iterations=240, warmup_steps=1, train_log_every=20, gptq_calibration_batches=8, ttt_chunk_tokens=16384,
+    iterations=600, warmup_steps=1, train_log_every=20, gptq_calibration_batches=8, ttt_chunk_tokens=16384,
     ttt_epochs=1, ttt_batch_tokens=4096, ttt_chunk_size="64", ttt_lora_rank=16, ttt_lora_alpha=28.8, checkpoint_seconds=30.0,
     val_docs=150, artifact_max_bytes=400_000, sliding_window_enabled=True)
 
@@ -1926,8 +1926,8 @@ class Attention(nn.Module):
             y = torch.cat([corrected(part, x, pair) for part, pair in zip(parts, lora[:3])], -1)
         queries, keys, _ = self.heads
         qk, v = y.unflatten(-1, (-1, self.head_dim)).split((queries + keys, keys), 1)
-        q, k = rotate(norm(qk), rope).split((queries, keys), 1)
-        q = q * self.q_gain.to(q.dtype)[:, None]
+        gain = F.pad(self.q_gain.to(y.dtype), (0, keys), value=1.0)  # keys have none; as one row, both are written in one pass
+        q, k = (rotate(norm(qk), rope) * gain[:, None]).split((queries, keys), 1)
         # before attention and XSA, so that both use one v
         if self.value_scale is not None:
             v = v + self.value_scale.to(v.dtype) * values.embedded.view_as(v)
