@@ -1587,10 +1587,10 @@ def soft_cap(logits: Tensor, cap: float | Tensor) -> Tensor:
     return cap * torch.tanh(logits / cap) if isinstance(cap, Tensor) or cap else logits
 
 
-def norm(x: Tensor, eps: float = 1.2e-7) -> Tensor:
+def norm(x: Tensor) -> Tensor:
     """RMS norm over the last dimension, no weight."""
     # fp32 machine epsilon: torch's default for a bf16 input would leave small embeddings unnormalised
-    return F.rms_norm(x, (x.shape[-1],), eps=eps)
+    return F.rms_norm(x, (x.shape[-1],), eps=1.2e-7)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -1837,9 +1837,9 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
 
     A head can always copy its own token through the residual stream; this leaves attention to the others. (PR #287)
     """
-    y_TKGE, u_TK1E = y.unflatten(1, (v.shape[1], -1)), norm(v, 1e-24)[:, :, None]  # G query heads share a kv head
-    along = (y_TKGE * u_TK1E).sum(-1, keepdim=True)
-    return torch.addcmul(y_TKGE, along, u_TK1E, value=-1 / v.shape[2]).flatten(1, 2)  # u has E as its squared length
+    y_TKGE, v_TK1E = y.unflatten(1, (v.shape[1], -1)), v[:, :, None]  # G query heads share a kv head
+    along = (y_TKGE * v_TK1E).sum(-1, keepdim=True) / v_TK1E.square().sum(-1, keepdim=True).clamp_min(1e-12)
+    return torch.addcmul(y_TKGE, along, v_TK1E, value=-1).flatten(1, 2)
 
 
 class GateKind(NamedTuple):
@@ -1926,8 +1926,8 @@ class Attention(nn.Module):
             y = torch.cat([corrected(part, x, pair) for part, pair in zip(parts, lora[:3])], -1)
         queries, keys, _ = self.heads
         qk, v = y.unflatten(-1, (-1, self.head_dim)).split((queries + keys, keys), 1)
-        gain = F.pad(self.q_gain.to(y.dtype), (0, keys), value=1.0)  # keys have none; as one row, both are written in one pass
-        q, k = (rotate(norm(qk), rope) * gain[:, None]).split((queries, keys), 1)
+        q, k = rotate(norm(qk), rope).split((queries, keys), 1)
+        q = q * self.q_gain.to(q.dtype)[:, None]
         # before attention and XSA, so that both use one v
         if self.value_scale is not None:
             v = v + self.value_scale.to(v.dtype) * values.embedded.view_as(v)
