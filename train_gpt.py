@@ -148,8 +148,8 @@ class DataKnobs:
     micro_batch_tokens: int = knob(131072, "most tokens in one forward pass of a rank; memory decides", low=1)
     train_seq_len: int = knob(2048, "longest segment in training; longer documents are split", low=2)
     train_seq_schedule: str = knob("", "shorter segments first: tokens:fraction of the run until which, ...; empty: TRAIN_SEQ_LEN")
-    train_batch_schedule: str = knob("0.25:0.35,0.5:0.85", "smaller steps first, as share of TRAIN_BATCH_TOKENS:fraction of the run at which they "
-                                     "end, ..., rounded up to whole blocks; the lr goes with the share's root; empty: none smaller")
+    train_batch_schedule: str = knob("0.25:0.35,0.5:0.85", "smaller steps first, as share of TRAIN_BATCH_TOKENS:fraction of the run "
+                                     "at which they end, ..., rounded up to whole blocks; the lr goes with the share's root; empty: none smaller")
     loader: str = knob("shuffled", "order of blocks: permuted anew each epoch, as they lie, or strides coprime to each shard's "
                        "length over several shards at once (PR #1880)", ("shuffled", "sequential", "coprime"))
     doc_isolation: bool = knob(True, "documents do not see each other in attention, positions and smearing")
@@ -1373,13 +1373,8 @@ if installed("triton"):  # on a CPU too: its interpreter runs the kernels there,
     # Both kernels: one program a (slot, kv head); its rows are the C new tokens of all G query heads of the group. The
     # past is read once, block by block, and takes no gradient, so the backward pass needs no atomics either.
     @triton.jit
-    def cached_rows(s, kv, stride, C: tl.constexpr, G: tl.constexpr, E: tl.constexpr, R: tl.constexpr):
-        r = tl.arange(0, R)
-        return ((s * C + r % C) * stride + (kv * G + r // C) * E)[:, None] + tl.arange(0, E)[None, :]
-
-    @triton.jit
-    def kv_rows(s, kv, j, stride, count, E: tl.constexpr):
-        return ((s * count + j) * stride + kv * E)[:, None] + tl.arange(0, E)[None, :]
+    def head_rows(s, head, j, stride, count, E: tl.constexpr):
+        return ((s * count + j) * stride + head * E)[:, None] + tl.arange(0, E)[None, :]
 
     @triton.jit
     def ring_scores(q, k, cell, c, begin, W: tl.constexpr, scale):
@@ -1403,23 +1398,23 @@ if installed("triton"):  # on a CPU too: its interpreter runs the kernels there,
                        H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, R: tl.constexpr, J: tl.constexpr, N: tl.constexpr):
         """OUT [S C, H, E] and base-2 log-sum-exp LSE [S, K, R]; names in capitals are pointers or sizes, qs, ks, vs strides."""
         s, kv, KH, r = tl.program_id(0), tl.program_id(1), H // G, tl.arange(0, R)
-        c, at, live = r % C, cached_rows(s, kv, qs, C, G, E, R), (r < G * C)[:, None]
+        c, head, live = r % C, kv * G + r // C, (r < G * C)[:, None]
         begin = tl.load(BEGIN + s).to(tl.int32)
-        q = tl.load(Q + at, mask=live, other=0.0)
+        q = tl.load(Q + head_rows(s, head, c, qs, C, E), mask=live, other=0.0)
         m, l, acc = tl.full([R], float("-inf"), tl.float32), tl.zeros([R], tl.float32), tl.zeros([R, E], tl.float32)
         filled = tl.minimum(begin, W)  # a young document reads little
         for first in range(0, filled, N):
             cell = first + tl.arange(0, N)
-            where = kv_rows(s, kv, cell, KH * E, cells, E)
+            where = head_rows(s, kv, cell, KH * E, cells, E)
             k = tl.load(OK + where, mask=(cell < filled)[:, None], other=0.0)
             v = tl.load(OV + where, mask=(cell < filled)[:, None], other=0.0)
             z = tl.where((cell < filled)[None, :], ring_scores(q, k, cell, c, begin, W, scale), float("-inf"))
             m, l, acc = fold(z, v, m, l, acc)
         j = tl.arange(0, J)
-        k = tl.load(K + kv_rows(s, kv, j, ks, C, E), mask=(j < C)[:, None], other=0.0)
-        v = tl.load(V + kv_rows(s, kv, j, vs, C, E), mask=(j < C)[:, None], other=0.0)
+        k = tl.load(K + head_rows(s, kv, j, ks, C, E), mask=(j < C)[:, None], other=0.0)
+        v = tl.load(V + head_rows(s, kv, j, vs, C, E), mask=(j < C)[:, None], other=0.0)
         m, l, acc = fold(own_scores(q, k, j, c, C, scale), v, m, l, acc)
-        tl.store(OUT + cached_rows(s, kv, H * E, C, G, E, R), (acc / l[:, None]).to(OUT.dtype.element_ty), mask=live)
+        tl.store(OUT + head_rows(s, head, c, H * E, C, E), (acc / l[:, None]).to(OUT.dtype.element_ty), mask=live)
         tl.store(LSE + (s * KH + kv) * R + tl.arange(0, R), m + tl.log2(l))
 
     @triton.jit
@@ -1428,25 +1423,25 @@ if installed("triton"):  # on a CPU too: its interpreter runs the kernels there,
                         N: tl.constexpr):
         """DQ over past and new keys; DK and DV of the new ones, summed over the group's query heads."""
         s, kv, KH, r = tl.program_id(0), tl.program_id(1), H // G, tl.arange(0, R)
-        c, at, live = r % C, cached_rows(s, kv, H * E, C, G, E, R), (r < G * C)[:, None]
-        begin = tl.load(BEGIN + s).to(tl.int32)
-        q = tl.load(Q + cached_rows(s, kv, qs, C, G, E, R), mask=live, other=0.0)
+        c, head, live = r % C, kv * G + r // C, (r < G * C)[:, None]
+        begin, at = tl.load(BEGIN + s).to(tl.int32), head_rows(s, head, c, H * E, C, E)
+        q = tl.load(Q + head_rows(s, head, c, qs, C, E), mask=live, other=0.0)
         g = tl.load(GRAD + at, mask=live, other=0.0)
         out, lse = tl.load(OUT + at, mask=live, other=0.0), tl.load(LSE + (s * KH + kv) * R + tl.arange(0, R))
         mean = tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)  # sum_j p_j dp_j
         dq, filled = tl.zeros([R, E], tl.float32), tl.minimum(begin, W)
         for first in range(0, filled, N):
             cell = first + tl.arange(0, N)
-            where = kv_rows(s, kv, cell, KH * E, cells, E)
+            where = head_rows(s, kv, cell, KH * E, cells, E)
             k = tl.load(OK + where, mask=(cell < filled)[:, None], other=0.0)
             v = tl.load(OV + where, mask=(cell < filled)[:, None], other=0.0)
             z = tl.where((cell < filled)[None, :], ring_scores(q, k, cell, c, begin, W, scale), float("-inf"))
             p = tl.exp2(z - lse[:, None])
             dq += tl.dot((p * (tl.dot(g, tl.trans(v)) - mean[:, None])).to(k.dtype), k)
         j = tl.arange(0, J)
-        k = tl.load(K + kv_rows(s, kv, j, ks, C, E), mask=(j < C)[:, None], other=0.0)
-        v = tl.load(V + kv_rows(s, kv, j, vs, C, E), mask=(j < C)[:, None], other=0.0)
-        where = kv_rows(s, kv, j, KH * E, C, E)
+        k = tl.load(K + head_rows(s, kv, j, ks, C, E), mask=(j < C)[:, None], other=0.0)
+        v = tl.load(V + head_rows(s, kv, j, vs, C, E), mask=(j < C)[:, None], other=0.0)
+        where = head_rows(s, kv, j, KH * E, C, E)
         p = tl.where(live, tl.exp2(own_scores(q, k, j, c, C, scale) - lse[:, None]), 0.0)
         ds = (p * (tl.dot(g, tl.trans(v)) - mean[:, None])).to(k.dtype)
         dq += tl.dot(ds, k)
@@ -1689,7 +1684,7 @@ if installed("triton"):
             activate(right, HIDDEN, OUT, m, n + BN // 2, slope, LEARN)
 
 
-TILE = 128, 256, 64  # rows, columns, depth of a tile: the fastest of eight on an H200
+TILE = 128, 256, 64  # rows, columns, depth of a tile (records/README.md, speed log)
 
 
 def hidden_rows(x: Tensor, w: Tensor, hidden: Tensor, out: Tensor, slope: float, learn: bool) -> Tensor:
@@ -4087,7 +4082,7 @@ class DocumentScorer:
         ids = torch.where((index >= doc) & (index < end), ids, BOS)
         inner = index[:, self.lead:]
         real = (inner >= begin) & (inner < end)
-        # half the bytes to read, and gradients in the same precision; the masters stay fp32
+        # half the bytes to read, and gradients in the same precision; the masters stay fp32. Scaled and cast in one pass
         theta = torch.empty_like(self.slots.theta[:n], dtype=self.run.dtype)
         torch.mul(self.slots.theta[:n], self.slots.scale, out=theta).requires_grad_()
         memory = self.slots.memory(theta, (begin - doc).squeeze(1) - back, self.lead)

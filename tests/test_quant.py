@@ -1,5 +1,4 @@
 """Quantisation and the artifact: against the published algorithm in fp64, bit by bit, and against damage of every kind."""
-import contextlib
 import dataclasses
 import functools
 import math
@@ -671,11 +670,8 @@ def test_the_search_leaves_a_plateau():
             return coarser, {}
     cfg = small(artifact_max_bytes=10_000)
     run = quiet_run(cfg)
-    size = {"pack_code": lambda source: b"x" * 1000, "bits_by_tensor": lambda tensors: {"w": 0},
-            "build_artifact": lambda coarser, *rest: (b"x" * (9010 if coarser < 4 else 8000), {})}
-    with contextlib.ExitStack() as stack:
-        for name, f in size.items():
-            stack.enter_context(mock.patch.object(tg, name, f))
+    with mock.patch.multiple(tg, pack_code=lambda source: b"x" * 1000, bits_by_tensor=lambda tensors: {"w": 0},
+                             build_artifact=lambda coarser, *rest: (b"x" * (9010 if coarser < 4 else 8000), {})):
         data, _, coarser = tg.fit_artifact(Plateau(), {}, cfg, run)
     assert not run.failures and coarser >= 4 and len(data) == 8000
 

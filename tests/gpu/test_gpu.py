@@ -70,11 +70,10 @@ def test_cached_attention_equals_eager(slots, chunk, window, heads, begin):
     begin = torch.tensor(begin, device="cuda")
     # as in the network: queries and keys side by side in one row, values behind others
     rows = torch.randn(slots * chunk, heads[0] + 3 * heads[1], 64, device="cuda").bfloat16()
-    *inputs, _, values = rows.split((*heads, heads[1], heads[1]), 1)
-    inputs.append(values)
+    q, k, _, v = rows.split((*heads, heads[1], heads[1]), 1)
     grad, results = torch.randn(slots * chunk, heads[0], 64, device="cuda").bfloat16(), []
     for attend, dtype in ((tg.attention_cached, torch.bfloat16), (tg.attention_cached_eager, torch.float32)):
-        mine = [x.detach().to(dtype).requires_grad_() for x in inputs]
+        mine = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
         out = attend(*mine, tg.Past(*(x.to(dtype) for x in ring), begin, window))
         results.append([out, *torch.autograd.grad(out, mine, grad.to(dtype))])
     for fast, reference in zip(*results):
