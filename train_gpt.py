@@ -1718,7 +1718,7 @@ def mlp_fused(x: Tensor, up: nn.Module, down: nn.Module, slope: float) -> Tensor
     """mlp_eager where its weights learn; elsewhere nothing is kept for a way back, and modules' hooks must see their inputs."""
     if not (torch.is_grad_enabled() and up.weight.requires_grad):
         return mlp_eager(x, up, down, slope)
-    return torch.ops.golf.mlp(x, up.weight.to(x.dtype), down.weight.to(x.dtype), slope)[0]
+    return torch.ops.golf.mlp(x, up.matrix(x.dtype), down.matrix(x.dtype), slope)[0]
 
 
 class Kernels(NamedTuple):
@@ -1780,7 +1780,7 @@ class VisitAdapters(NamedTuple):
     k: tuple | None = None
     v: tuple | None = None
     o: tuple | None = None  # from attention's input to its output, beside the projection
-    mlp: tuple | None = None  # from the MLP's input to its output
+    m: tuple | None = None  # from the MLP's input to its output
 
 
 class HeadAdapters(NamedTuple):
@@ -1804,14 +1804,21 @@ def corrected(y: Tensor, x: Tensor, pair: tuple[Tensor, Tensor] | None) -> Tenso
 
 
 class Linear(nn.Module):
-    """x W^T without bias; W [out, in] is an fp32 master."""
+    """x W^T without bias; W [out, in] is an fp32 master. `scaled`: with a learned factor for each output.
 
-    def __init__(self, out: int, into: int):
+    The factor goes into the weight: on the rows it would cost a pass over them each way, and its gradient two more.
+    """
+
+    def __init__(self, out: int, into: int, scaled: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out, into))
+        self.scale = nn.Parameter(torch.empty(out)) if scaled else None
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        return (self.weight if self.scale is None else self.scale[:, None] * self.weight).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return F.linear(x, self.matrix(x.dtype))
 
 
 class Rotary(nn.Module):
@@ -1903,7 +1910,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.head_dim = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads), cfg.head_dim
         self.qkv = Linear(sum(self.heads) * cfg.head_dim, cfg.model_dim)  # one GEMM; Muon sees three matrices (room 9)
-        self.o = Linear(cfg.model_dim, cfg.num_heads * cfg.head_dim)
+        self.o = Linear(cfg.model_dim, cfg.num_heads * cfg.head_dim, scaled=True)  # upstream's attn_scale
         self.q_gain = nn.Parameter(torch.empty(cfg.num_heads))
         self.xsa = layer >= cfg.num_layers - cfg.xsa_last_n  # the last N, counted from the end
         self.gate = HeadGate(cfg) if cfg.attn_gate != "none" else None
@@ -1921,8 +1928,9 @@ class Attention(nn.Module):
             y = torch.cat([corrected(part, x, pair) for part, pair in zip(parts, lora[:3])], -1)
         queries, keys, _ = self.heads
         qk, v = y.unflatten(-1, (-1, self.head_dim)).split((queries + keys, keys), 1)
-        q, k = rotate(norm(qk), rope).split((queries, keys), 1)
-        q = q * self.q_gain.to(q.dtype)[:, None]
+        # a row of gains a token: their gradient is then a sum over channels first, which norm's makes anyway
+        gain = torch.cat((self.q_gain, self.q_gain.new_ones(keys))).to(qk.dtype).expand(len(qk), -1)
+        q, k = rotate(norm(qk) * gain[..., None], rope).split((queries, keys), 1)
         # before attention and XSA, so that both use one v
         if self.value_scale is not None:
             v = v + self.value_scale.to(v.dtype) * values.embedded.view_as(v)
@@ -1943,7 +1951,7 @@ class MLP(nn.Module):
     def __init__(self, cfg: Config, kernels: Kernels):
         super().__init__()
         self.up = Linear(cfg.hidden_dim, cfg.model_dim)
-        self.down = Linear(cfg.model_dim, cfg.hidden_dim)
+        self.down = Linear(cfg.model_dim, cfg.hidden_dim, scaled=True)  # upstream's mlp_scale
         self.slope = 0.5 if cfg.mlp_act == "leaky_relu2" else 0.0  # 0 makes it ReLU squared
         self.product = kernels.mlp
 
@@ -1957,8 +1965,6 @@ class Block(nn.Module):
     def __init__(self, cfg: Config, layer: int, kernels: Kernels):
         super().__init__()
         self.attn, self.mlp = Attention(cfg, layer, kernels), MLP(cfg, kernels)
-        self.attn_scale = nn.Parameter(torch.empty(cfg.model_dim))
-        self.mlp_scale = nn.Parameter(torch.empty(cfg.model_dim))
         self.resid_mix = nn.Parameter(torch.empty(2, cfg.model_dim))
         # a buffer, not a float: compiled code is shared by all blocks, and a float would be a constant of each
         depth_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
@@ -1976,18 +1982,17 @@ class Block(nn.Module):
         kept, fresh = self.resid_mix.to(x.dtype)  # starts as (1, 0): the stream alone
         base = torch.addcmul(kept * x, fresh, x0)  # every block may reach back to the input
         a, keeps = self.attn(norm(base) * self.depth_scale, values, rope, cu, longest, lora, past)
-        attn_scale, mlp_scale = self.attn_scale.to(x.dtype), self.mlp_scale.to(x.dtype)
         if mix is not None:
             lane = x if lane is None else lane  # the first such visit splits the stream
-            a, b = attn_scale * a, mlp_scale * self.mlp_out(lane, lora)  # the MLP reads its own lane, unmixed
+            b = self.mlp_out(lane, lora)  # the MLP reads its own lane, unmixed
             resid, post = mix[0].to(x.dtype), mix[1].to(x.dtype)
             return (resid[0] * x + post[0, 0] * a + post[0, 1] * b, resid[1] * lane + post[1, 0] * a + post[1, 1] * b, keeps)
-        x = torch.addcmul(base, attn_scale, a)
-        x = torch.addcmul(x, mlp_scale, self.mlp_out(base if self.abreast else x, lora))
+        x = base + a
+        x = x + self.mlp_out(base if self.abreast else x, lora)
         return x if self.x0_scale is None else x + self.x0_scale.to(x.dtype) * x0, None, keeps
 
     def mlp_out(self, x: Tensor, lora: VisitAdapters) -> Tensor:
-        return self.mlp(norm(x) * self.depth_scale, lora.mlp)
+        return self.mlp(norm(x) * self.depth_scale, lora.m)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2215,12 +2220,18 @@ class GPT(nn.Module):
         return self.run(self.head, self.hidden(ids, pos, cu, longest), None, self.input.tok_emb.weight)
 
 
+# At its own thresholds (30 and 8) the inductor writes what two kernels read in fp32 and separately: five passes over the rows
+# more in a block, forward and backward (records/plan.py)
+INDUCTOR = {"realize_opcount_threshold": 100, "realize_acc_reads_threshold": 16}
+
+
 def compile_model(model: GPT, cfg: Config, run: Run) -> None:
     """Give torch.compile a block at a time: one compilation serves all layers, so start-up does not grow with depth."""
     how = cfg.compile_scope if cfg.compile_scope != "auto" else ("block" if run.gpu else "none")
     torch._dynamo.config.recompile_limit = 64  # training, scoring and adaptation each have their own few variants
     if how == "block":
-        model.run = torch.compile(call, dynamic=False, fullgraph=True)  # parameters are inputs: layers share the graph
+        # parameters are inputs: layers share the graph
+        model.run = torch.compile(call, dynamic=False, fullgraph=True, options=INDUCTOR)
         model.renew = torch.compile(renew_rows, dynamic=True)
     run.log(f"compile:{how}")
 
@@ -2290,7 +2301,7 @@ def parameter_table(cfg: Config) -> list[Row]:
         Row(r"blocks\.\d+\.attn\.gate\.bias", constant(gate_bias or 0)),
         Row(r"blocks\.\d+\.attn\.value_mix\.lambdas", constant(0.5)),
         Row(r"blocks\.\d+\.attn\.value_mix\.alpha", zero),
-        Row(r"blocks\.\d+\.(attn|mlp)_scale", one),
+        Row(r"blocks\.\d+\.(attn\.o|mlp\.down)\.scale", one),
         Row(r"blocks\.\d+\.resid_mix", constant(1, 0)),
         Row(r"skip\.weights", one),
         Row(r"skip\.gates", zero),
@@ -2440,7 +2451,7 @@ class Muon:
                 dist.reduce_scatter_tensor(shard, bank)
                 bank = shard.div_(self.run.world)
             shards.append(bank)
-        return shards, sum(s.square().sum() for s in shards)
+        return shards, torch.stack(torch._foreach_norm(shards)).square().sum()
 
     def step(self, shards: list[Tensor], scale: Tensor, lr: float, momentum: float) -> None:
         """Update all matrices from reduced gradients times `scale` (the clip factor, a device scalar)."""
@@ -2459,7 +2470,7 @@ class Muon:
                 dist.all_gather_into_tensor(full, u.contiguous())
                 u = full
             weights = [p.data[at:at + n] for p, at, n in members]
-            updates = [x.to(weights[0].dtype) for x in u[:len(weights)].unbind(0)]
+            updates = u[:len(weights)].to(weights[0].dtype).unbind(0)
             torch._foreach_mul_(weights, 1 - lr * self.cfg.muon_wd)  # decay first, decoupled from the gradient
             shape = 1.0 if self.cfg.muon_normalize_update else math.sqrt(max(1.0, rows / cols))  # unit rows have one length
             torch._foreach_add_(weights, updates, alpha=-lr * shape)
@@ -2641,9 +2652,10 @@ def collect_slopes(model: GPT, cfg: Config, batches: list[Batch], hessians: dict
         sums[name] = sums[name] + value if name in sums else value
 
     def watch(name: str):
+        scale = getattr(modules[owners[name]], "scale", None)  # an error of the weight comes out multiplied by it
         def back(g):
             counts[name] += len(g)  # tokens and visits: H is a sum over visits, so this is a mean
-            add(name, g.float().square().sum(0))
+            add(name, (g.float() if scale is None else g.float() * scale.detach()).square().sum(0))
         return lambda module, args, out: out.register_hook(back) and None
 
     def use(module, args, out):
@@ -3176,7 +3188,8 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Fill every parameter; RuntimeError if names or shapes differ."""
     params = dict(model.named_parameters())
     if params.keys() != weights.keys():
-        raise RuntimeError(f"artifact and model differ in {sorted(params.keys() ^ weights.keys())[:5]}")
+        raise RuntimeError(f"artifact and model differ in {sorted(params.keys() ^ weights.keys())[:5]}; the code that made it "
+                           "lies beside it (RUN_ID.packed.py) and reads it")
     with torch.no_grad():
         for n, p in params.items():
             p.copy_(weights[n])
@@ -3932,13 +3945,15 @@ def planned_moments(plan: list[list[Stage]], targets: int) -> np.ndarray:
     return when
 
 
-def adapter_sites(model: GPT, cfg: Config) -> list[tuple[int, str, int, int]]:
-    """(visit, field of VisitAdapters or HeadAdapters, inputs, outputs) of every adapter; visit -1 is the head."""
-    d, e = cfg.model_dim, cfg.head_dim
-    shapes = {"q": ("q", cfg.num_heads * e), "k": ("k", cfg.num_kv_heads * e), "v": ("v", cfg.num_kv_heads * e),
-              "o": ("o", d), "m": ("mlp", d)}
-    sites = [(i, *(shapes[c][0], d, shapes[c][1])) for i in range(len(model.plans[1])) for c in cfg.ttt_lora_sites if c != "h"]
-    return sites + ([(-1, "low", d, cfg.vocab_size)] if "h" in cfg.ttt_lora_sites else [])
+def adapter_sites(model: GPT, cfg: Config) -> list[tuple[int, str, Tensor]]:
+    """(visit, field of VisitAdapters or HeadAdapters, scale of each output) of every adapter; visit -1 is the head."""
+    queries, keys = (torch.ones(n * cfg.head_dim) for n in (cfg.num_heads, cfg.num_kv_heads))
+    found = []
+    for i, visit in enumerate(model.plans[1]):
+        block = model.blocks[visit.layer]
+        scales = {"q": queries, "k": keys, "v": keys, "o": block.attn.o.scale, "m": block.mlp.down.scale}
+        found += [(i, c, scales[c].detach().cpu()) for c in cfg.ttt_lora_sites if c != "h"]
+    return found + ([(-1, "low", torch.ones(cfg.vocab_size))] if "h" in cfg.ttt_lora_sites else [])
 
 
 class Slots:
@@ -3952,17 +3967,20 @@ class Slots:
     def __init__(self, model: GPT, cfg: Config, run: Run, count: int):
         self.cfg = cfg
         self.sites, self.window = adapter_sites(model, cfg), cfg.eval_seq_len
-        rank, rng, parts = cfg.ttt_lora_rank, torch.Generator().manual_seed(cfg.seed), []
-        for _, _, into, out in self.sites:  # start, whether it outlives a document, what a unit of theta stands for
-            parts += [((2 * torch.rand(rank * into, generator=rng) - 1) / math.sqrt(into), True, 1.0),
-                      (torch.zeros(out * rank), False, cfg.ttt_lora_alpha / rank)]
+        rank, into, rng, parts = cfg.ttt_lora_rank, cfg.model_dim, torch.Generator().manual_seed(cfg.seed), []
+        for _, _, scale in self.sites:  # start, whether it outlives a document, what a unit of theta stands for
+            # its size alone: AdamW is blind to constant factors, and would go the wrong way where one is negative
+            unit = (scale.abs() * cfg.ttt_lora_alpha / rank).repeat(rank)
+            parts += [((2 * torch.rand(rank * into, generator=rng) - 1) / math.sqrt(into), True, torch.ones(rank * into)),
+                      (torch.zeros(len(unit)), False, unit)]
         extra = 2 * cfg.ttt_asym_logit
         extra += -(sum(len(x) for x, *_ in parts) + extra) % 64  # rows start at whole cache lines: matrix units want aligned strides
-        starts, kept, scale = zip(*parts, (torch.zeros(extra), True, self.CAP_SCALE))  # softcaps are kept like A
+        # softcaps are kept like A
+        starts, kept, units = zip(*parts, (torch.zeros(extra), True, torch.full((extra,), self.CAP_SCALE)))
         self.sizes = [len(x) for x in starts]
-        self.start = torch.cat(starts).to(run.device)  # one row: all slots and all ranks start alike
-        self.kept, self.scale = (torch.tensor(x).repeat_interleave(torch.tensor(self.sizes)).to(run.device) for x in (kept, scale))
-        self.kept &= cfg.ttt_warm_start_a
+        # one row: all slots and all ranks start alike
+        self.start, self.scale = (torch.cat(x).to(run.device) for x in (starts, units))
+        self.kept = torch.tensor(kept).repeat_interleave(torch.tensor(self.sizes)).to(run.device) & cfg.ttt_warm_start_a
         self.theta = self.start.repeat(count, 1)
         self.first = torch.zeros_like(self.theta) if cfg.ttt_beta1 else None
         self.second, self.steps = torch.zeros_like(self.theta), torch.zeros(count, 1, device=run.device)
@@ -3983,8 +4001,8 @@ class Slots:
         n = len(theta)
         *pairs, extra = theta.split(self.sizes, 1)
         made: dict[int, dict] = {}
-        for (visit, field_, into, out), a, b in zip(self.sites, pairs[::2], pairs[1::2]):
-            made.setdefault(visit, {})[field_] = a.unflatten(1, (into, -1)), b.unflatten(1, (-1, out))
+        for (visit, field_, scale), a, b in zip(self.sites, pairs[::2], pairs[1::2]):
+            made.setdefault(visit, {})[field_] = a.unflatten(1, (self.cfg.model_dim, -1)), b.unflatten(1, (-1, len(scale)))
         caps = self.cfg.logit_softcap + extra[:, :2].float() if self.cfg.ttt_asym_logit else None
         head = HeadAdapters(**made.pop(-1, {}), caps=caps)
         past = [Past(k[:n], v[:n], begin, k.shape[1] - self.SPARE) for k, v in zip(self.past[::2], self.past[1::2])]

@@ -177,8 +177,27 @@ def kernels(tg, model, cfg, run, batch) -> list[tuple]:
         f = compiled(f, label, run)
         rows.append((f"head and nats ({label})", lambda a, w, f=f: f(a, w, batch.targets, cfg.logit_softcap or 30.0), [h, head],
                      2 * logits, 5 * logits, work, 3 * work))
+    wide, work = size * 2 * T * (D + cfg.hidden_dim), 4.0 * T * D * cfg.hidden_dim
+    weights = [random(cfg.hidden_dim, D), random(D, cfg.hidden_dim)]
+    for f, label in (k.mlp, "chosen"), (tg.mlp_eager, "eager twin"):  # forward alone is the eager form, as in scoring
+        f = compiled(f, label, run)
+        rows.append((f"MLP ({label})", lambda x, up, down, f=f: f(x, Matrix(up), Matrix(down), model.blocks[0].mlp.slope),
+                     [random(T, D), *weights], wide, 3 * wide, work, 3 * work))
     shapes = {"qkv": (sum(counts) * E, D), "o": (D, counts[0] * E), "up": (cfg.hidden_dim, D), "down": (D, cfg.hidden_dim)}
     return rows + [product(name, *shape) for name, shape in shapes.items()]
+
+
+class Matrix:
+    """A weight as the MLP takes one: something to call, and to ask for the matrix behind it."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def matrix(self, dtype):
+        return self.weight.to(dtype)
+
+    def __call__(self, x):
+        return x @ self.weight.T
 
 
 def compiled(f, label: str, run):

@@ -485,7 +485,7 @@ class Reference:
     def mlp(self, layer, x):
         z = x @ self.w[f"blocks.{layer}.mlp.up.weight"].T
         act = np.where(z > 0, z, (0.5 if self.c.mlp_act == "leaky_relu2" else 0.0) * z) ** 2
-        return self.w[f"blocks.{layer}.mlp_scale"] * (act @ self.w[f"blocks.{layer}.mlp.down.weight"].T)
+        return self.w[f"blocks.{layer}.mlp.down.scale"] * (act @ self.w[f"blocks.{layer}.mlp.down.weight"].T)
 
     def nll(self, ids, targets, borders, order):
         """Blocks in `order`; the first half of the visits is the encoder."""
@@ -501,7 +501,7 @@ class Reference:
             mix = self.w[f"blocks.{layer}.resid_mix"]
             base = mix[0] * x + mix[1] * x0
             a, own = self.attention(layer, rms(base) * scale, starts, first)
-            a, first = self.w[f"blocks.{layer}.attn_scale"] * a, own if first is None else first
+            a, first = self.w[f"blocks.{layer}.attn.o.scale"] * a, own if first is None else first
             if c.parallel_residual == "two" and i >= half and layer >= c.parallel_start_layer:
                 lane = x if lane is None else lane
                 b, r, p = self.mlp(layer, rms(lane) * scale), self.w["lane_resid"][layer], self.w["lane_post"][layer]

@@ -440,7 +440,7 @@ def test_bench_times_every_part(lab):
     assert ended.code == 0, ended.out
     told = json.loads(ended.path(".bench.json").read_text())
     names = {k["name"].split(" (")[0].split(" ")[0] for k in told["kernels"]}
-    assert names == {"attention", "head", "GEMM"}
+    assert names == {"attention", "head", "MLP", "GEMM"}
     for k in told["kernels"]:  # a floor is one: below a quarter of it something was not computed
         assert 0.25 * k["forward_floor_ms"] < k["forward_ms"] < k["both_ms"] < math.inf, k
     assert 0 < told["seconds_a_step"]["False"] < told["seconds_a_step"]["True"] and told["optimiser_ms"] > 0

@@ -249,8 +249,9 @@ def test_slopes_are_the_expected_squares_of_gradients(run):
     """Against the exact expectation: labels are independent and a score's mean is zero, so squares add over targets and labels."""
     cfg = small(vocab_size=12, num_loops=0, tie_embeddings=False)
     model, batch = lively(cfg), tg.make_batch(np.arange(2, 9), np.arange(3, 10), np.array([0, 7], np.int32), 7, run)
-    name = "blocks.3.mlp.down"
-    out = []
+    name, out = "blocks.3.mlp.down", []
+    scale = dict(model.named_parameters())[name + ".scale"].detach()  # what an error of the weight is multiplied by
+    scale.copy_(torch.linspace(-1, 2, len(scale)))
     hook = dict(model.named_modules())[name].register_forward_hook(lambda m, a, o: out.append(o))
     logits = model.logits(*batch[:1], *batch[2:])
     hook.remove()
@@ -258,7 +259,7 @@ def test_slopes_are_the_expected_squares_of_gradients(run):
     for t in range(7):
         for v in range(12):
             g, = torch.autograd.grad(-log_p[t, v], out[0], retain_graph=True)
-            expected = expected + float(log_p[t, v].exp()) * g.square().sum(0) / 7
+            expected = expected + float(log_p[t, v].detach().exp()) * (g * scale).square().sum(0) / 7
     hessians = {n: torch.eye(p.shape[-1]) for n, p in model.named_parameters() if p.dim() == 2}
     drawn = tg.collect_slopes(model, cfg, [batch] * 600, hessians, torch.full((12,), 1 / 12), run)[name + ".weight"]
     assert float((drawn - expected).norm() / expected.norm()) < 0.1
@@ -429,15 +430,20 @@ def test_what_is_unpacked_is_what_was_walked(run):
 def watched_inputs(model, cfg, rows, monkeypatch):
     """name -> all inputs [n, C] that the weight of this name multiplied, seen by the linear algebra itself."""
     names = {id(p): n for n, p in model.named_parameters()}
-    seen, linear = {}, torch.nn.functional.linear
+    seen, kept, linear, matrix = {}, [], torch.nn.functional.linear, tg.Linear.matrix
+
+    def named(self, dtype):
+        kept.append(matrix(self, dtype))  # kept: the number of a tensor that is gone would be given again
+        names[id(kept[-1])] = names[id(self.weight)]
+        return kept[-1]
 
     def spy(x, weight, bias=None):
         seen.setdefault(names.get(id(weight)), []).append(x.detach().double())
         return linear(x, weight, bias)
 
-    # casts in fp32 return the parameter itself, so its identity tells its name
     with monkeypatch.context() as m:
         m.setattr(torch.nn.functional, "linear", spy)
+        m.setattr(tg.Linear, "matrix", named)
         model.looping = True
         with torch.no_grad():
             for r in rows:

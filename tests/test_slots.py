@@ -70,6 +70,22 @@ def test_slots_side_by_side_equal_slots_alone(env, tmp_path):
     assert float(sum(alone).double().mean()) == pytest.approx(together.val_loss, abs=1e-5)
 
 
+def test_adapters_move_as_much_as_their_output_weighs(tmp_path):
+    """Behind an output scale: twice the scale is twice the step, and its sign, which the weights may carry, changes nothing."""
+    model, cfg, run = build(tmp_path)
+    scores = []
+    for scale in (1, -1, 2):
+        for block in model.blocks:
+            for part in (block.attn.o, block.mlp.down):
+                part.scale.detach().mul_(scale)
+                part.weight.detach().div_(scale)  # the same network each time
+        slots = tg.Slots(model, cfg, run, 1)
+        unit = slots.scale.split(slots.sizes)[2 * [site[1] for site in slots.sites].index("m") + 1]
+        scores.append((tg.score_documents(model, Documents(), cfg, run, 0.0).val_loss, float(unit.sum())))
+    assert scores[1] == pytest.approx(scores[0], rel=1e-5) and scores[2][1] == pytest.approx(2 * scores[0][1])
+    assert abs(scores[2][0] - scores[0][0]) > 1e-4
+
+
 def step_by_step(model, cfg, run, docs, slot):
     """Nats of one slot's documents when no other slot exists; zeros elsewhere."""
     scorer = tg.DocumentScorer(model, docs, cfg, run)
@@ -102,13 +118,13 @@ def plain_decoder(model, cfg, docs):
                 continue
             if begin == doc:
                 pairs = []
-                for (i, (_, _, into, out)), at in zip(enumerate(sites), np.cumsum([0] + [rank * (s[2] + s[3]) for s in sites])):
-                    a = a_of_slot.get((slot, i), start[at:at + rank * into].view(into, rank))
-                    pairs += [a.clone().requires_grad_(), torch.zeros(rank, out, requires_grad=True)]
+                for (i, (_, _, ones)), at in zip(enumerate(sites), np.cumsum([0] + [rank * (d + len(s[2])) for s in sites])):
+                    a = a_of_slot.get((slot, i), start[at:at + rank * d].view(d, rank))
+                    pairs += [a.clone().requires_grad_(), torch.zeros(rank, len(ones), requires_grad=True)]
                 optimizer = torch.optim.AdamW(pairs, lr=cfg.ttt_lora_lr, betas=(cfg.ttt_beta1, cfg.ttt_beta2), eps=1e-10,
                                               weight_decay=cfg.ttt_weight_decay)
             merged = dict(model.named_parameters())
-            for (visit, name, _, _), a, b in zip(sites, pairs[::2], pairs[1::2]):
+            for (visit, name, _), a, b in zip(sites, pairs[::2], pairs[1::2]):
                 key = "head.weight" if visit < 0 else f"blocks.{visit}.attn.qkv.weight"
                 rows = {"low": (0, cfg.vocab_size), "q": (0, heads), "v": (heads + kv, heads + 2 * kv)}[name]
                 merged[key] = torch.cat((merged[key][:rows[0]], merged[key][rows[0]:rows[1]] + scale * (a @ b).T, merged[key][rows[1]:]))
