@@ -3188,8 +3188,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Fill every parameter; RuntimeError if names or shapes differ."""
     params = dict(model.named_parameters())
     if params.keys() != weights.keys():
-        raise RuntimeError(f"artifact and model differ in {sorted(params.keys() ^ weights.keys())[:5]}; the code that made it "
-                           "lies beside it (RUN_ID.packed.py) and reads it")
+        raise RuntimeError(f"artifact and model differ in {sorted(params.keys() ^ weights.keys())[:5]}; its RUN_ID.packed.py reads it")
     with torch.no_grad():
         for n, p in params.items():
             p.copy_(weights[n])
@@ -3969,18 +3968,17 @@ class Slots:
         self.sites, self.window = adapter_sites(model, cfg), cfg.eval_seq_len
         rank, into, rng, parts = cfg.ttt_lora_rank, cfg.model_dim, torch.Generator().manual_seed(cfg.seed), []
         for _, _, scale in self.sites:  # start, whether it outlives a document, what a unit of theta stands for
+            a = (2 * torch.rand(rank * into, generator=rng) - 1) / math.sqrt(into)
             # its size alone: AdamW is blind to constant factors, and would go the wrong way where one is negative
-            unit = (scale.abs() * cfg.ttt_lora_alpha / rank).repeat(rank)
-            parts += [((2 * torch.rand(rank * into, generator=rng) - 1) / math.sqrt(into), True, torch.ones(rank * into)),
-                      (torch.zeros(len(unit)), False, unit)]
-        extra = 2 * cfg.ttt_asym_logit
+            b = (scale.abs() * cfg.ttt_lora_alpha / rank).repeat(rank)
+            parts += [(a, torch.ones_like(a) * cfg.ttt_warm_start_a, torch.ones_like(a)), (0 * b, 0 * b, b)]
+        extra = 2 * cfg.ttt_asym_logit  # softcaps are kept like A
         extra += -(sum(len(x) for x, *_ in parts) + extra) % 64  # rows start at whole cache lines: matrix units want aligned strides
-        # softcaps are kept like A
-        starts, kept, units = zip(*parts, (torch.zeros(extra), True, torch.full((extra,), self.CAP_SCALE)))
-        self.sizes = [len(x) for x in starts]
+        parts.append(tuple(torch.full((extra,), x) for x in (0.0, float(cfg.ttt_warm_start_a), self.CAP_SCALE)))
+        self.sizes = [len(x) for x, *_ in parts]
         # one row: all slots and all ranks start alike
-        self.start, self.scale = (torch.cat(x).to(run.device) for x in (starts, units))
-        self.kept = torch.tensor(kept).repeat_interleave(torch.tensor(self.sizes)).to(run.device) & cfg.ttt_warm_start_a
+        self.start, kept, self.scale = (torch.cat(x).to(run.device) for x in zip(*parts))
+        self.kept = kept.bool()
         self.theta = self.start.repeat(count, 1)
         self.first = torch.zeros_like(self.theta) if cfg.ttt_beta1 else None
         self.second, self.steps = torch.zeros_like(self.theta), torch.zeros(count, 1, device=run.device)
