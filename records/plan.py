@@ -65,14 +65,17 @@ def trace(tg, cfg, layer: int, tokens: int) -> list:
         rows = [torch.empty(tokens, cfg.model_dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(2 + lanes)]
         mix = [torch.empty(2, requires_grad=True), torch.empty(2, 2, requires_grad=True)] if lanes else []
         rope, cu = [torch.empty(tokens, 1, cfg.rotary_dims) for _ in "cs"], torch.empty(65, dtype=torch.int32)
+        wide = cfg.num_kv_heads * cfg.head_dim
+        values = [torch.empty(tokens, *shape, dtype=torch.bfloat16, requires_grad=True)  # read only where a knob says so
+                  for shape in ((cfg.num_kv_heads, cfg.head_dim), (wide,))]
 
-        def step(state, rows, mix, rope, cu):
+        def step(state, rows, values, mix, rope, cu):
             x, x0, *lane = rows
-            args = x, lane[0] if lane else None, x0, tg.OtherValues(), tuple(rope), cu, cfg.train_seq_len, mix or None
+            args = x, lane[0] if lane else None, x0, tg.OtherValues(*values), tuple(rope), cu, cfg.train_seq_len, mix or None
             return [y for y in torch.func.functional_call(block, state, args)[:2] if y is not None]
         traced = aot_function(step, fw_compiler=keep(False), bw_compiler=keep(True), partition_fn=partition,
                               decompositions=select_decomp_table(), keep_inference_input_mutations=True)
-        out = traced(state, rows, mix, rope, cu)
+        out = traced(state, rows, values, mix, rope, cu)
         torch.autograd.backward(out, [torch.empty_like(y) for y in out])
     return graphs
 
@@ -151,18 +154,37 @@ def moved(graph, inputs, backward: bool, settings: dict) -> list[tuple[str, str,
     return found
 
 
+def pair(text: str) -> tuple[str, str]:
+    """NAME=VALUE as (name, value)."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
+
+
+def setting(text: str) -> tuple[str, int]:
+    """A number of torch._inductor.config."""
+    import torch._inductor.config
+    name, value = pair(text)
+    if not hasattr(torch._inductor.config, name) or not value.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of torch._inductor.config")
+    return name, int(value)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("knobs", nargs="*", help="knobs of train_gpt.py, NAME=VALUE")
+    parser.add_argument("knobs", nargs="*", type=pair, help="knobs of train_gpt.py, NAME=VALUE")
     parser.add_argument("--program", type=Path, default=Path(__file__).resolve().parents[1] / "train_gpt.py")
-    parser.add_argument("--layer", type=int, default=4)
+    parser.add_argument("--layer", type=int, default=4, help="which block; those with lanes differ")
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--rate", type=float, default=4.1e12, help="bytes a second of a large copy")
-    parser.add_argument("--set", nargs="*", default=[], help="settings of torch._inductor.config, NAME=NUMBER")
+    parser.add_argument("--set", nargs="*", type=setting, default=[], help="settings of torch._inductor.config, NAME=NUMBER")
     args = parser.parse_args()
     tg = program(args.program)
-    cfg = tg.load_config({"PRESET": "record", **dict(k.split("=", 1) for k in args.knobs)}, False)
-    settings = getattr(tg, "INDUCTOR", {}) | {k: int(v) for k, v in (s.split("=") for s in args.set)}
+    cfg = tg.load_config({"PRESET": "record", **dict(args.knobs)}, False)
+    if not 0 <= args.layer < cfg.num_layers:
+        parser.error(f"--layer {args.layer}: the network has layers 0 to {cfg.num_layers - 1}")
+    settings = getattr(tg, "INDUCTOR", {}) | dict(args.set)
     row, total = 2 * cfg.model_dim * args.tokens, {"fused": 0.0, "opaque": 0.0}
     with pretended_gpu():  # from the start: what torch finds out about its surroundings it remembers
         for graph, inputs, backward in trace(tg, cfg, args.layer, args.tokens):
