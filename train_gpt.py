@@ -380,8 +380,9 @@ RENAMED = {
 # A variable with one of these words in its name was meant for a training script of this contest; one without any of
 # them, and not one slip of the keyboard away from a knob, belongs to the shell and is left alone.
 FAMILIES = frozenset(
-    "TTT GPTQ MUON EMA SWA QAT LQER XSA SMEAR BIGRAM TRIGRAM ROPE LOOPS LOOPING UNET WARMDOWN SOFTCAP GATED GATES "
-    "MTP DTG CASEOPS SIGMAS MIXER CROWN POLYAK SLIDING WALLCLOCK ITERATIONS QK VE POINTER OGD PHASED NGRAM TILT".split())
+    "TTT GPTQ MUON EMA SWA QAT LQER XSA SMEAR BIGRAM TRIGRAM ROPE LOOPS LOOPING UNET WARMDOWN SOFTCAP GATED GATES GATE LR "
+    "MTP DTG CASEOPS SIGMAS MIXER CROWN POLYAK SLIDING WALLCLOCK ITERATIONS QK VE VE128 POINTER OGD PHASED NGRAM TILT PPM "
+    "QTTT LOGIT INT6 PRUNE PREQUANT ORTHO".split())
 
 
 class ConfigError(SystemExit):
@@ -3977,8 +3978,7 @@ class Slots:
         parts.append(tuple(torch.full((extra,), x) for x in (0.0, float(cfg.ttt_warm_start_a), self.CAP_SCALE)))
         self.sizes = [len(x) for x, *_ in parts]
         # one row: all slots and all ranks start alike
-        self.start, kept, self.scale = (torch.cat(x).to(run.device) for x in zip(*parts))
-        self.kept = kept.bool()
+        self.start, self.kept, self.scale = (torch.cat(x).to(run.device) for x in zip(*parts))
         self.theta = self.start.repeat(count, 1)
         self.first = torch.zeros_like(self.theta) if cfg.ttt_beta1 else None
         self.second, self.steps = torch.zeros_like(self.theta), torch.zeros(count, 1, device=run.device)
@@ -3989,7 +3989,7 @@ class Slots:
     def begin(self, which: Tensor) -> None:
         """Slots, by number, that take up a new document: adapters back to their start, optimiser empty. (So is the ring: a
         document's positions begin at 0, and cells at or beyond the position are not read.)"""
-        self.theta[which] = torch.where(self.kept, self.theta[which], self.start)
+        self.theta[which] = torch.where(self.kept > 0, self.theta[which], self.start)
         for state in (self.first, self.second, self.steps):
             if state is not None:
                 state[which] = 0.0

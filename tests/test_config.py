@@ -98,7 +98,9 @@ def test_mistyped_knob_stops_with_its_name_and_the_nearest(name, meant):
     assert re.search(rf"\b{name}\b", text) and f"did you mean {meant}?" in text
 
 
-@pytest.mark.parametrize("name", ["LQER_FACTOR_BITS", "QAT_ENABLED", "TTT_WHATEVER", "CASEOPS_ENABLED", "MTP_HEADS", "TRIGRAM_ROWS"])
+@pytest.mark.parametrize("name", ["LQER_FACTOR_BITS", "QAT_ENABLED", "TTT_WHATEVER", "CASEOPS_ENABLED", "MTP_HEADS", "TRIGRAM_ROWS", "EMBED_LR",
+                                  "ADAPTIVE_LR_MAX", "LOGIT_RESCALE_MODE", "SPARSE_ATTN_GATE_SCALE", "ATTN_OUT_GATE_WIDTH", "PRUNE_PCT",
+                                  "INT6_LAST_N", "PPM_ALPHA", "ORTHO_INIT", "PREQUANT_ONLY", "QTTT", "VE128"])
 def test_techniques_of_other_scripts_that_are_not_here_stop(name):
     assert re.search(rf"\b{name}\b", refusal(**{name: 1}))
 

@@ -51,7 +51,6 @@
     a missing compressor replaced by a worse one (#430) -> test_quant.py::test_a_coder_that_is_not_here_is_named
 """
 import ast
-import functools
 import json
 import re
 import shutil
@@ -235,8 +234,9 @@ def test_nothing_is_dead_at_its_real_start(knobs, run):
 
 def test_recurrence_comes_on_in_compiled_code(run, monkeypatch):
     """A flag on a module became a constant of the graph, and 'late QAT' never ran (#315); nor may a new row recompile."""
-    cfg, graphs = small(xsa_last_n=2, bigram_vocab_size=37, compile_scope="block"), CompileCounter()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=graphs))  # traced, but no C++ written
+    cfg, graphs, build = small(xsa_last_n=2, bigram_vocab_size=37, compile_scope="block"), CompileCounter(), torch.compile
+    # traced, but no C++ written; the inductor's options go with it
+    monkeypatch.setattr(torch, "compile", lambda f, options=None, **how: build(f, backend=graphs, **how))
     model, counts = lively(cfg, looping=False), []
     ids = np.random.default_rng(0).integers(2, 64, 34)
     rows = [tg.make_batch(ids[:-1], ids[1:], np.array(cu, np.int32), 33, run, room=6) for cu in ((0, 1, 20, 33), (0, 9, 33))]
