@@ -1807,7 +1807,7 @@ def corrected(y: Tensor, x: Tensor, pair: tuple[Tensor, Tensor] | None) -> Tenso
 class Linear(nn.Module):
     """x W^T without bias; W [out, in] is an fp32 master. `scaled`: with a learned factor for each output.
 
-    The factor goes into the weight: on the rows it would cost a pass over them each way, and its gradient two more.
+    The factor goes into the weight: on the rows it would cost three passes more over them, forward and backward (records/plan.py).
     """
 
     def __init__(self, out: int, into: int, scaled: bool = False):
@@ -2471,10 +2471,9 @@ class Muon:
                 dist.all_gather_into_tensor(full, u.contiguous())
                 u = full
             weights = [p.data[at:at + n] for p, at, n in members]
-            updates = u[:len(weights)].to(weights[0].dtype).unbind(0)
             torch._foreach_mul_(weights, 1 - lr * self.cfg.muon_wd)  # decay first, decoupled from the gradient
             shape = 1.0 if self.cfg.muon_normalize_update else math.sqrt(max(1.0, rows / cols))  # unit rows have one length
-            torch._foreach_add_(weights, updates, alpha=-lr * shape)
+            torch._foreach_add_(weights, u[:len(weights)].to(weights[0].dtype).unbind(0), alpha=-lr * shape)
 
 
 class Optimizers:
@@ -3972,10 +3971,11 @@ class Slots:
             a = (2 * torch.rand(rank * into, generator=rng) - 1) / math.sqrt(into)
             # its size alone: AdamW is blind to constant factors, and would go the wrong way where one is negative
             b = (scale.abs() * cfg.ttt_lora_alpha / rank).repeat(rank)
-            parts += [(a, torch.ones_like(a) * cfg.ttt_warm_start_a, torch.ones_like(a)), (0 * b, 0 * b, b)]
+            parts += [(a, torch.full_like(a, cfg.ttt_warm_start_a, dtype=torch.bool), torch.ones_like(a)),
+                      (torch.zeros_like(b), torch.zeros_like(b, dtype=torch.bool), b)]
         extra = 2 * cfg.ttt_asym_logit  # softcaps are kept like A
         extra += -(sum(len(x) for x, *_ in parts) + extra) % 64  # rows start at whole cache lines: matrix units want aligned strides
-        parts.append(tuple(torch.full((extra,), x) for x in (0.0, float(cfg.ttt_warm_start_a), self.CAP_SCALE)))
+        parts.append(tuple(torch.full((extra,), x) for x in (0.0, cfg.ttt_warm_start_a, self.CAP_SCALE)))
         self.sizes = [len(x) for x, *_ in parts]
         # one row: all slots and all ranks start alike
         self.start, self.kept, self.scale = (torch.cat(x).to(run.device) for x in zip(*parts))
@@ -3989,7 +3989,7 @@ class Slots:
     def begin(self, which: Tensor) -> None:
         """Slots, by number, that take up a new document: adapters back to their start, optimiser empty. (So is the ring: a
         document's positions begin at 0, and cells at or beyond the position are not read.)"""
-        self.theta[which] = torch.where(self.kept > 0, self.theta[which], self.start)
+        self.theta[which] = torch.where(self.kept, self.theta[which], self.start)
         for state in (self.first, self.second, self.steps):
             if state is not None:
                 state[which] = 0.0

@@ -12,30 +12,21 @@ reaches into torch's internals (written for 2.13), so another version may plan o
 import argparse
 import contextlib
 import copy
-import importlib.util
-import sys
 import types
 from pathlib import Path
 from unittest import mock
 
+import runs
 import torch
 
-CARD = types.SimpleNamespace(  # an H200, as torch describes it
-    name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, total_memory=150 << 30, regs_per_multiprocessor=65536,
+CARD = types.SimpleNamespace(  # near enough an H200: the planner asks for its generation, its multiprocessors and their limits
+    name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, total_memory=139 << 30, regs_per_multiprocessor=65536,
     max_threads_per_multi_processor=2048, max_threads_per_block=1024, warp_size=32, shared_memory_per_block=49152,
     shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472, L2_cache_size=60 << 20, gcnArchName="")
 
 
 class Planned(Exception):
     """The inductor has made its plan; nothing of it is to be compiled."""
-
-
-def program(path: Path):
-    """train_gpt.py as a module."""
-    spec = importlib.util.spec_from_file_location("train_gpt", path)
-    sys.modules["train_gpt"] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def trace(tg, cfg, layer: int, tokens: int) -> list:
@@ -180,7 +171,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=4.1e12, help="bytes a second of a large copy")
     parser.add_argument("--set", nargs="*", type=setting, default=[], help="settings of torch._inductor.config, NAME=NUMBER")
     args = parser.parse_args()
-    tg = program(args.program)
+    tg = runs.load_program(args.program)
     cfg = tg.load_config({"PRESET": "record", **dict(args.knobs)}, False)
     if not 0 <= args.layer < cfg.num_layers:
         parser.error(f"--layer {args.layer}: the network has layers 0 to {cfg.num_layers - 1}")

@@ -10,7 +10,6 @@ import argparse
 import base64
 import dataclasses
 import html
-import importlib.util
 import json
 import os
 import sys
@@ -266,19 +265,6 @@ def stack(ax, y: int, parts: dict, order: list, unit: float, peak: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 # Schedules
 # ----------------------------------------------------------------------------------------------------------------------
-def load_program(path: Path):
-    """train_gpt.py as a module; None where torch is not installed. Its schedules are asked, not written a second time."""
-    if importlib.util.find_spec("torch") is None:
-        return None
-    if "train_gpt" in sys.modules:
-        return sys.modules["train_gpt"]
-    spec = importlib.util.spec_from_file_location("train_gpt", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_gpt"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 def schedules(groups: dict[str, list[runs.Run]], program) -> Figure:
     """Learning rate, momentum and recurrence over progress, as the program computes them from each run's config."""
     fig, axes = figure(12, 3.6, ncols=3)
@@ -439,7 +425,7 @@ def main(args: list[str] | None = None) -> int:
         print(f"report: {e}", file=sys.stderr)
         return 2
     given.out.mkdir(parents=True, exist_ok=True)
-    print(build(found, given.out, given.title or Path(given.runs[0]).name, load_program(given.program), rows))
+    print(build(found, given.out, given.title or Path(given.runs[0]).name, runs.load_program(given.program), rows))
     return 0
 
 

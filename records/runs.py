@@ -8,12 +8,14 @@ import ast
 import base64
 import functools
 import hashlib
+import importlib.util
 import json
 import lzma
 import math
 import re
 import statistics
 import struct
+import sys
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -358,6 +360,19 @@ def find(what: str) -> list[Run]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Code and artifact
 # ----------------------------------------------------------------------------------------------------------------------
+def load_program(path: Path):
+    """train_gpt.py as a module; None where torch is not installed. What it knows is asked, not written a second time."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    if "train_gpt" in sys.modules:
+        return sys.modules["train_gpt"]
+    spec = importlib.util.spec_from_file_location("train_gpt", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_gpt"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
