@@ -82,20 +82,12 @@ def installed(module: str) -> bool:
         return False
 
 
-def windowed_varlen() -> bool:
-    """Whether this torch has varlen attention with a window, which is how it spells 'causal' since 2.11."""
-    if not torch.cuda.is_available() or not installed("torch.nn.attention.varlen"):
-        return False  # it needs a GPU, and importing it takes a second
-    from torch.nn.attention.varlen import varlen_attn
-    return "window_size" in inspect.signature(varlen_attn).parameters
-
-
 HAVE = {
     "cuda": torch.cuda.is_available(),
     "fa4": installed("flash_attn.cute"),  # CuTe kernels compiled at run time
     "fa3": installed("flash_attn_interface"),  # prebuilt Hopper wheel
     "triton": torch.cuda.is_available() and installed("triton"),  # our own kernels; on a CPU their eager twins run
-    "varlen": windowed_varlen(),  # part of torch, FlashAttention-2 inside
+    "varlen": torch.cuda.is_available(),  # part of torch, FlashAttention-2 inside
     "brotli": installed("brotli"),
     "zstd": installed("zstandard"),
 }
@@ -711,6 +703,7 @@ class Run:
         """Join the process group: NCCL for device tensors, gloo for numbers that must not touch the device queue."""
         if self.gpu:
             torch.cuda.set_device(self.device)
+            torch.set_num_threads(1)  # with one a core, four runs that started on one machine fought over them for two minutes
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.gpu else "gloo")
 
@@ -1493,19 +1486,21 @@ class Replay:
     """A function without arguments, run as it is the first time, then recorded as a CUDA graph and replayed.
 
     Small steps are bound by the launching of thousands of kernels; a replay launches once. Inputs and outputs must live
-    in the same tensors each time. Off the GPU it is a plain call.
+    in the same tensors each time. `pool`: the graph's memory, which graphs that run one at a time share; without one it is a
+    plain call.
     """
 
-    def __init__(self, work: Callable, gpu: bool, pool):
-        self.work, self.gpu, self.pool, self.calls, self.graph, self.result = work, gpu, pool, 0, None, None
+    def __init__(self, work: Callable, pool: tuple | None):
+        self.work, self.pool, self.calls, self.graph, self.result = work, pool, 0, None, None
 
     def __call__(self):
         self.calls += 1
-        if not self.gpu or self.calls == 1:  # the first call is also what chooses kernels and allocates their workspaces
+        if self.pool is None or self.calls == 1:  # the first call is also what chooses kernels and allocates their workspaces
             return self.work()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=self.pool):
+            # thread_local: what the loader's thread copies meanwhile is none of the graph's business
+            with torch.cuda.graph(self.graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.result = self.work()
         self.graph.replay()
         return self.result
@@ -1998,7 +1993,7 @@ class Block(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 8. MODEL - input features, the plan of visits to physical layers (recurrence, skips, lanes), one forward, and what of
-#    it torch.compile sees. `looping` picks the plan; it is the only thing about a model that changes with time.
+#    it torch.compile sees; its gradients. `looping` picks the plan; it is the only thing about a model that changes with time.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -2235,6 +2230,37 @@ def compile_model(model: GPT, cfg: Config, run: Run) -> None:
         model.run = torch.compile(call, dynamic=False, fullgraph=True, options=INDUCTOR)
         model.renew = torch.compile(renew_rows, dynamic=True)
     run.log(f"compile:{how}")
+
+
+class RowGradients:
+    """Gradients of rows' weighted nats, summed in `grads`, which are the parameters' own; on a GPU recorded once a shape.
+
+    A row is some thousand kernels, forward and backward. Launching them one by one takes a host 50 ms, in which an H200 does
+    65,536 tokens without recurrence, and each of eight GPUs twice its share of the record's first steps.
+    """
+
+    def __init__(self, model: GPT, params: list[nn.Parameter], run: Run):
+        self.model, self.params, self.pool = model, params, torch.cuda.graph_pool_handle() if run.gpu else None
+        self.grads, self.rows = [torch.zeros_like(p) for p in params], {}
+        for p, g in zip(params, self.grads):
+            p.grad = g
+
+    def add(self, batch: Batch, weight: Tensor) -> Tensor:
+        """Add one row's gradients; returns the sum of weight * nats, good until the next row. weight: [T], or one for all"""
+        shape = batch.ids.shape, batch.cu.shape, batch.longest, weight.shape, self.model.looping
+        if shape not in self.rows:
+            row = *(t.clone() for t in batch[:4]), weight.clone(), batch.longest
+            self.rows[shape] = row, Replay(functools.partial(self.compute, *row), self.pool)
+        row, replay = self.rows[shape]
+        for static, fresh in zip(row, (*batch[:4], weight)):
+            static.copy_(fresh)
+        return replay()
+
+    def compute(self, ids: Tensor, targets: Tensor, pos: Tensor, cu: Tensor, weight: Tensor, longest: int) -> Tensor:
+        loss = (self.model.nll(ids, targets, pos, cu, longest) * weight).sum()
+        found = torch.autograd.grad(loss, self.params, allow_unused=True)  # an idle skip row has none
+        torch._foreach_add_(*map(list, zip(*((g, f) for g, f in zip(self.grads, found) if f is not None))))
+        return loss.detach()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2480,7 +2506,7 @@ class Optimizers:
     """Muon and AdamW over one model by the parameter table; gradients are clipped after they are reduced."""
 
     def __init__(self, model: GPT, cfg: Config, run: Run):
-        self.cfg, self.run, self.params = cfg, run, list(model.parameters())
+        self.cfg, self.run, self.rows = cfg, run, RowGradients(model, list(model.parameters()), run)
         by_group: dict[str, list] = {}
         for p, row in zip(model.parameters(), rows_of(model, cfg).values()):
             by_group.setdefault(row.group, []).append((p, row.split))
@@ -2500,8 +2526,6 @@ class Optimizers:
 
     def step(self, v: Values) -> Tensor:
         """Reduce, clip, update. Returns the global gradient norm before clipping, a device scalar."""
-        for p in self.params:  # a parameter that this plan does not use has no gradient, and must not stall ranks
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         small = [p.grad for p in self.small]
         self.run.sum_all_(small)
         torch._foreach_div_(small, self.run.world)
@@ -2622,16 +2646,16 @@ SLOPE_TOKENS, SLOPE_LONGEST = 4096, 16384  # of each calibration batch on averag
 
 @contextlib.contextmanager
 def learning_only(model: nn.Module, names: set[str]):
-    """Gradients for these parameters and no others."""
-    before = {p: p.requires_grad for p in model.parameters()}
+    """Gradients for these parameters and no others; afterwards all have their own again."""
+    before = {p: (p.requires_grad, p.grad) for p in model.parameters()}
     for n, p in model.named_parameters():
         p.requires_grad_(n in names)
     try:
         yield
     finally:
-        for p, learns in before.items():
+        for p, (learns, grad) in before.items():
             p.requires_grad_(learns)
-            p.grad = None
+            p.grad = grad
 
 
 def collect_slopes(model: GPT, cfg: Config, batches: list[Batch], hessians: dict[str, Tensor], frequency: Tensor,
@@ -3749,18 +3773,16 @@ class Adapter:
         self.average = [p.detach().clone() for p in self.params] if cfg.ttt_polyak else []
         self.optimizer = (torch.optim.SGD(self.params, cfg.ttt_lr, cfg.ttt_momentum) if cfg.ttt_optimizer == "sgd" else
                           torch.optim.AdamW(self.params, cfg.ttt_lr, weight_decay=0.0))
-        self.row = self.mask = self.replay = None  # a recorded row: its tokens, their weights, what is done with them
-        self.grads = [torch.zeros_like(p) for p in self.params]
+        self.room = 64  # segments that a row has room for on a GPU
 
     def __enter__(self):
         self.others_rest.__enter__()
-        for p, g in zip(self.params, self.grads):
-            p.grad = g
+        self.rows = RowGradients(self.model, self.params, self.run)
         return self
 
     def __exit__(self, *error):
-        """Give the model back as it was, and the recorded row's memory."""
-        self.row = self.mask = self.replay = None
+        """Give the model back as it was, and the recorded rows' memory."""
+        self.rows = None
         self.others_rest.__exit__(*error)
         for p, s in zip(self.params, self.saved):
             p.data.copy_(s)
@@ -3798,13 +3820,13 @@ class Adapter:
         """One step on order[begin:end]. Rows are dealt to ranks; a short one is padded and masked."""
         # as many rows on one rank as on eight: the same products in the same shapes, so the same digits
         width = min(max(self.cfg.eval_seq_len, self.cfg.ttt_batch_tokens // self.ROWS), self.cfg.ttt_batch_tokens)
-        torch._foreach_zero_(self.grads)
+        torch._foreach_zero_(self.rows.grads)
         at = self.order[begin:end]
         weight = self.val.bytes[at] if self.cfg.ttt_byte_weighted else np.ones(len(at))
         for i, first in enumerate(range(0, len(at), width)):
             if i % self.run.world == self.run.rank:
                 self.accumulate(at[first:first + width], weight[first:first + width] / max(weight.sum(), 1), width)
-        self.run.sum_all_(self.grads)  # a rank without a row adds nothing
+        self.run.sum_all_(self.rows.grads)  # a rank without a row adds nothing
         if self.cfg.ttt_grad_clip:
             torch.nn.utils.clip_grad_norm_(self.params, self.cfg.ttt_grad_clip)
         self.optimizer.step()
@@ -3818,22 +3840,10 @@ class Adapter:
         jumps = np.flatnonzero(np.diff(at) != 1) + 1
         cu = cut_segments(ids, np.union1d(pieces, jumps), self.cfg.eval_seq_len, self.val.isolate)
         # a static number of segments on a GPU: a document every 32 tokens, or what a row has needed so far
-        room = max(64, width // 32, len(self.row.cu) - 1 if self.row else 0) if self.run.gpu else 0
-        batch = make_batch(ids, targets, cu, self.cfg.eval_seq_len, self.run, room)
+        self.room = max(self.room, width // 32, len(cu) - 1)
+        batch = make_batch(ids, targets, cu, self.cfg.eval_seq_len, self.run, self.room if self.run.gpu else 0)
         mask = torch.from_numpy(np.pad(weight, (0, pad)).astype(np.float32)).to(self.run.device)  # padding earns no gradient
-        # a row with more segments than any before it is recorded anew
-        if self.row is None or self.row.cu.shape != batch.cu.shape:
-            self.row, self.mask, self.replay = batch, mask, Replay(self.add_gradient, self.run.gpu, None)
-        for static, fresh in zip((*self.row[:4], self.mask), (*batch[:4], mask)):
-            static.copy_(fresh)
-        self.replay()
-
-    def add_gradient(self) -> None:
-        """Gradient of the row's weighted nats, added to what the step has so far."""
-        loss = (self.model.nll(*self.row) * self.mask).sum()
-        found = torch.autograd.grad(loss, self.params, allow_unused=True)  # an idle skip row has none
-        pairs = [(g, f) for g, f in zip(self.grads, found) if f is not None]
-        torch._foreach_add_(*map(list, zip(*pairs)))
+        self.rows.add(batch, mask)
 
 
 def group_chunks(windows: np.ndarray, tokens: int) -> list[np.ndarray]:
@@ -4076,7 +4086,7 @@ class DocumentScorer:
         n = min(self.count, max(8, 1 << (busy - 1).bit_length()))  # few batch sizes: each is recorded once
         if (n, chunk) not in self.units:  # a recorded step is good for one shape
             inputs = torch.zeros(4, n, dtype=torch.int64, device=self.run.device)
-            self.units[n, chunk] = inputs, Replay(functools.partial(self.advance, inputs, chunk), self.run.gpu, self.pool)
+            self.units[n, chunk] = inputs, Replay(functools.partial(self.advance, inputs, chunk), self.pool)
         fresh = np.flatnonzero((step.begin == step.doc) & (step.end > step.begin))
         if len(fresh):  # not in what is recorded: few rows of many
             self.slots.begin(*self.run.place([torch.from_numpy(fresh)]))
@@ -4369,12 +4379,9 @@ class Checkpoints:
 def train_step(model: GPT, optimizers: Optimizers, batches: list[Batch], v: Values) -> tuple[Tensor, Tensor]:
     """One optimiser step over this rank's micro-batches; (mean loss, gradient norm), both on the device."""
     model.looping = v.looping
-    model.zero_grad()  # not after the step: the report of a run that goes wrong reads gradients
-    total = 0.0
-    for batch in batches:
-        loss = model.nll(*batch).mean() / len(batches)  # micro-batches are equally long: a mean of means
-        loss.backward()
-        total = total + loss.detach()  # stays on the device
+    torch._foreach_zero_(optimizers.rows.grads)  # not after the step: the report of a run that goes wrong reads gradients
+    share = 1 / sum(b.ids.numel() for b in batches)
+    total = sum(optimizers.rows.add(b, torch.full((), share, device=b.ids.device)).clone() for b in batches)  # stays on the device
     return total, optimizers.step(v)
 
 

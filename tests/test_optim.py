@@ -220,6 +220,39 @@ def test_micro_batches_equal_one_batch(run):
     assert relative(results[0][2], results[1][2]) < 1e-4
 
 
+def test_gradients_of_rows_add_up_whatever_their_shape_plan_and_order(run):
+    """Rows of two shapes in both plans in turn, each shape in its own static tensors: the sum is that of fresh passes."""
+    model = make_model(small())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    params = list(model.parameters())
+    rows = tg.RowGradients(model, params, run)
+    given = [(make_row(run, 1), False), (make_row(run, 2, 48, (0, 9, 48)), False), (make_row(run, 3), True), (make_row(run, 4), False),
+             (make_row(run, 5, 48, (0, 9, 48)), True), (make_row(run, 6), False)]
+    weights = [torch.linspace(0.1, 2, len(b.ids)) if i % 2 else torch.tensor(0.5 + i) for i, (b, _) in enumerate(given)]
+    nats, want = [], [torch.zeros_like(p) for p in params]
+    for (batch, model.looping), weight in zip(given, weights):
+        nats.append(float(rows.add(batch, weight)))
+        loss = (model.nll(*batch) * weight).sum()
+        assert nats[-1] == pytest.approx(float(loss), rel=1e-6)
+        for w, g in zip(want, torch.autograd.grad(loss, params, allow_unused=True)):
+            w += 0 if g is None else g
+    assert len(set(nats)) == len(nats) and len(rows.rows) == 5  # one shape and plan came again with a weight of the same kind
+    for p, g, w in zip(params, rows.grads, want):
+        assert p.grad is g
+        torch.testing.assert_close(g, w, rtol=1e-5, atol=1e-6)
+
+
+def test_calibration_gives_the_gradients_back(run):
+    """A pass that takes gradients for itself must not cut the optimisers off from theirs."""
+    model = make_model(small())
+    rows = tg.RowGradients(model, list(model.parameters()), run)
+    with tg.learning_only(model, {"input.tok_emb.weight"}):
+        model.nll(*make_row(run)).mean().backward()
+    assert all(p.grad is g and p.requires_grad for p, g in zip(model.parameters(), rows.grads))
+
+
 def test_groups_have_their_own_rates_and_follow_the_schedule(run):
     cfg = small(tied_embed_lr=0.01, scalar_lr=0.002, head_lr=0.004, tie_embeddings=False, embed_wd=0.3, adam_wd=0.2)
     model = make_model(cfg)

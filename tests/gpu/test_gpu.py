@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -96,7 +97,7 @@ def test_recorded_steps_give_the_same_digits(tmp_path, monkeypatch):
     model.looping = True
     recorded = tg.score_documents(model, Documents((50, 7, 33, 61, 18, 1, 40, 64, 300, 9, 22)), cfg, run, 0.0)
     replay = tg.Replay.__init__
-    monkeypatch.setattr(tg.Replay, "__init__", lambda self, work, gpu, pool: replay(self, work, False, pool))
+    monkeypatch.setattr(tg.Replay, "__init__", lambda self, work, pool: replay(self, work, None))
     plain = tg.score_documents(model, Documents((50, 7, 33, 61, 18, 1, 40, 64, 300, 9, 22)), cfg, run, 0.0)
     assert (recorded.nats == plain.nats).all()
 
@@ -177,6 +178,33 @@ def test_compiled_and_fused_equal_eager(scope, kernels, run):
         a, b = grads[("none", "eager"), looping], grads[(scope, kernels), looping]
         assert abs(float(a[0] - b[0])) < 5e-3
         assert relative(torch.cat([x.flatten() for x in a[1:]]), torch.cat([x.flatten() for x in b[1:]])) < 5e-2
+
+
+@pytest.mark.parametrize("scope", ["none", "block"])
+def test_recorded_rows_have_the_gradients_of_launched_ones(scope, run):
+    """Two shapes and both plans in turn, three times each: launched, recorded, replayed; they share their memory."""
+    cfg = tg.load_config({"COMPILE_SCOPE": scope}, True)
+    model = tg.build_model(cfg, run)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    recorded = tg.RowGradients(model, list(model.parameters()), run)
+    launched = tg.RowGradients(model, list(model.parameters()), run)
+    launched.pool = None
+    rng, weight = np.random.default_rng(0), torch.full((), 1e-3, device="cuda")
+    for turn in range(3):
+        for tokens in (2048, 4096):
+            for model.looping in (False, True):
+                ids = rng.integers(2, 8192, tokens + 1)
+                ids[[0, 5, 6, int(rng.integers(7, tokens))]] = tg.BOS
+                cu = tg.cut_segments(ids[:-1], np.array([0]), 2048, True)
+                batch, results = tg.make_batch(ids[:-1], ids[1:], cu, 2048, run, 64), []
+                for rows in (recorded, launched):
+                    torch._foreach_zero_(rows.grads)
+                    results.append([rows.add(batch, weight).clone(), torch.cat([g.flatten() for g in rows.grads])])
+                (a, x), (b, y) = results
+                assert float(a) == pytest.approx(float(b), rel=1e-4) and relative(x, y) < 1e-3, (turn, tokens, model.looping)
 
 
 def test_bench_measures_to_its_end(corpus, tmp_path):
