@@ -4540,11 +4540,12 @@ def restore_config(env: dict, stored: dict, path: Path) -> Config:
     if own.keys() - known:
         raise SystemExit(f"{path}: made with knobs that are unknown here: {', '.join(sorted(own.keys() - known))}")
     cfg = read_config(env, own)
-    now = cfg.as_dict()
-    for name in (f.name for f in dataclasses.fields(ModelKnobs)):
-        if now[name] != own.get(name, now[name]):
-            raise ConfigError(f"{name.upper()}={now[name]}, but {path} was trained with {own[name]}")
-    return dataclasses.replace(cfg, preset=own.get("preset", cfg.preset), run_id=f"{path.stem}.{cfg.mode}")
+    for name, now in ((f.name, getattr(cfg, f.name)) for f in dataclasses.fields(ModelKnobs)):
+        if now != own.get(name, now):
+            raise ConfigError(f"{name.upper()}={now}, but {path} was trained with {own[name]}")
+    # RUN_ID may only have said where to look
+    return dataclasses.replace(cfg, preset=own.get("preset", cfg.preset),
+                               run_id=cfg.run_id if cfg.run_id not in ("", path.stem) else f"{path.stem}.{cfg.mode}")
 
 
 def resolve(env: dict) -> tuple[Config, dict | None]:

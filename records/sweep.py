@@ -13,6 +13,10 @@ A spec is TOML:
     [settings.no_gate]             # a list of settings, each a change of base
     ATTN_GATE = "none"
 
+    [settings.no_tilt]             # what only evaluation (or packing) reads needs no training of its own:
+    MODE = "eval"                  # the control's artifact of the same seed is scored ("pack": its checkpoint packed) again
+    NGRAM_TILT_BOOST = 0
+
     [grid]                         # and/or a grid: all combinations but that of the first values, which is the control
     MUON_WD = [0.095, 0.05]
 
@@ -40,6 +44,9 @@ import runs
 ROOT = Path(__file__).resolve().parents[1]
 POLL = 0.2  # seconds between looks at the runs
 CONTROL = "control"
+# a run that uses the control's file instead of training: mode -> (the knob that names the file, its suffix, the first knob that
+# such a run reads; the program declares them in the order of use)
+LATER = {"eval": ("ARTIFACT", ".artifact", "EVAL_SEQ_LEN"), "pack": ("CHECKPOINT", ".ckpt", "QUANTIZER")}
 
 
 class Refused(SystemExit):
@@ -62,6 +69,11 @@ class Job:
     @property
     def id(self) -> str:
         return f"{self.setting}.s{self.seed}"
+
+    @property
+    def mode(self) -> str | None:
+        """eval or pack for a run that waits for the control's files; None for one that trains."""
+        return dict(self.knobs).get("MODE")
 
 
 @dataclass
@@ -96,13 +108,18 @@ def read_spec(path: Path) -> Spec:
         raise Refused(f"{path}: seeds must be different whole numbers")
     grid = {k: v if isinstance(v, list) else [v] for k, v in told.get("grid", {}).items()}
     settings = {CONTROL: {**base, **{k: v[0] for k, v in grid.items()}}}
+    if "MODE" in settings[CONTROL]:
+        raise Refused(f"{path}: MODE is a setting's, not the base's: the control trains")
     for name, knobs in told.get("settings", {}).items():
-        settings[name] = {**settings[CONTROL], **knobs}
+        if knobs.get("MODE", "eval") not in LATER:
+            raise Refused(f"{path}: {name} has MODE={knobs['MODE']}; without training it can be {' or '.join(LATER)}")
+        # the artifact knows its own knobs; only what is changed is told again
+        settings[name] = knobs if "MODE" in knobs else {**settings[CONTROL], **knobs}
     for values in list(itertools.product(*grid.values()))[1:] if grid else []:
         changed = {k: v for k, v in zip(grid, values) if v != grid[k][0]}
         settings[",".join(f"{k}={knob_text(v)}" for k, v in changed.items())] = {**settings[CONTROL], **changed}
-    if any(k in knobs for knobs in settings.values() for k in ("SEED", "RUN_ID", "ARTIFACT_DIR", "MODE")):
-        raise Refused(f"{path}: SEED, RUN_ID, ARTIFACT_DIR and MODE are the sweep's own")
+    if any(k in knobs for knobs in settings.values() for k in ("SEED", "RUN_ID", "ARTIFACT_DIR", "ARTIFACT", "CHECKPOINT")):
+        raise Refused(f"{path}: SEED, RUN_ID, ARTIFACT_DIR, ARTIFACT and CHECKPOINT are the sweep's own")
     if "/" in "".join(settings):
         raise Refused(f"{path}: no / in the names of settings, which are names of files")
     texts = {s: {k: knob_text(v) for k, v in knobs.items()} for s, knobs in settings.items()}
@@ -175,6 +192,7 @@ class Sweep:
         # a knob that the shell happens to set must not reach the runs
         knobs = runs.knobs_of((self.folder / "program" / "train_gpt.py").read_text(encoding="utf-8")) or {}
         self.shell = {k: v for k, v in os.environ.items() if k not in knobs}
+        self.refuse_unread(list(knobs))
         if retry:
             for file in (self.folder / "failed").glob("*.json"):
                 file.unlink()
@@ -191,6 +209,15 @@ class Sweep:
             part.rename(mine)  # whole or not there, whenever a kill comes
         elif mine.read_bytes() != given.read_bytes():
             self.say(f"goes on with its own copy of train_gpt.py, from when it began; {given} is another one by now")
+
+    def refuse_unread(self, knobs: list[str]) -> None:
+        """Refused if a setting without training changes what is only read in training: it would silently do nothing."""
+        for setting, changed in self.spec.settings.items():
+            if "MODE" in changed and knobs:
+                read = knobs[knobs.index(LATER[changed["MODE"]][2]):]
+                unread = [k for k in changed if k in knobs and k not in read and k != "MODE"]
+                if unread:
+                    raise Refused(f"{setting}: MODE={changed['MODE']} does not read {', '.join(unread)}")
 
     def keep_plan(self) -> None:
         """Remember every run's knobs; Refused if one that exists was made with others."""
@@ -226,14 +253,25 @@ class Sweep:
         try:
             while pending or self.live:
                 free = [i for i in range(len(self.places)) if i not in {r.slot for r in self.live}]
-                for slot in free[:len(pending)]:
-                    self.start(pending.pop(0), slot)
+                for slot, job in zip(free, [j for j in pending if self.ready(j)]):
+                    pending.remove(job)
+                    self.start(job, slot)
                     if not self.seconds:
                         self.wait_for_data(self.live[-1])
+                if pending and not self.live:  # only such as wait for a control that will not come
+                    self.say(f"not run, since their control failed: {', '.join(j.id for j in pending)}")
+                    break
                 time.sleep(POLL)
                 self.collect(len(pending))
         finally:
             self.stop()
+
+    def control_of(self, job: Job) -> Job:
+        return Job(CONTROL, job.seed, tuple(sorted(self.spec.settings[CONTROL].items())))
+
+    def ready(self, job: Job) -> bool:
+        """Whether what the job starts from is there."""
+        return not job.mode or self.run_of(self.control_of(job)) is not None
 
     def adopt(self, pending: list[Job]) -> list[Job]:
         """Take over runs that go on after their sweep was killed; returns those still to start."""
@@ -257,7 +295,11 @@ class Sweep:
         program = self.folder / "program" / "train_gpt.py"
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"] if self.ranks > 1 else []
         # relative, so that logs, which are published, do not show this machine's folders
-        own = {"RUN_ID": job.id, "SEED": str(job.seed), "ARTIFACT_DIR": os.path.relpath(self.logs, self.root)}
+        folder = os.path.relpath(self.logs, self.root)
+        own = {"RUN_ID": job.id, "SEED": str(job.seed), "ARTIFACT_DIR": folder}
+        if job.mode:
+            knob, suffix, _ = LATER[job.mode]
+            own[knob] = f"{folder}/{self.control_of(job).id}{suffix}"
         with open(self.folder / "console" / f"{job.id}.txt", "w") as console:
             process = subprocess.Popen([sys.executable, *launch, str(program)], cwd=self.root, stdout=console,
                                        stderr=subprocess.STDOUT,
@@ -345,7 +387,8 @@ class Row:
     paired: dict | None
     p: float | None
     bytes: int | None
-    seconds: float | None
+    train_seconds: float | None
+    eval_seconds: float | None
     documents: dict | None = None  # interval over documents drawn anew, where the runs had DOC_LOSSES=1
 
 
@@ -372,9 +415,15 @@ def summarise(sweep: Sweep, mode: str | None = None) -> list[Row]:
                         runs.mean(mine.values()) if mine else None, runs.spread(mine.values()) if len(mine) > 1 else None,
                         asdict(pair) if pair else None, test.p if test else None,
                         max((r.total or 0 for r in members), default=None),
-                        runs.mean(r.train_seconds for r in members) if members else None,
+                        mean_of(r.train_seconds for r in members), mean_of(r.eval_seconds for r in members),
                         documents(done[setting], done[CONTROL], mode) if against else None))
     return rows
+
+
+def mean_of(values) -> float | None:
+    """The mean of what is there; None of nothing (a run without training has no training seconds)."""
+    there = [v for v in values if v is not None]
+    return runs.mean(there) if there else None
 
 
 def documents(mine: dict, control: dict, mode: str | None) -> dict | None:
@@ -396,12 +445,13 @@ def table(rows: list[Row], mode: str | None) -> str:
         return "" if not interval or interval["low"] is None else f"[{interval['low']:+.6f}, {interval['high']:+.6f}]"
 
     wide = any(r.documents for r in rows)
-    head = ["setting", "n", "mean bpb", "seed sd", "minus control, paired", "95 % interval", "Welch p (better)", "bytes", "train s"]
+    head = ["setting", "n", "mean bpb", "seed sd", "minus control, paired", "95 % interval", "Welch p (better)", "bytes", "train s", "eval s"]
     lines = [head + ["95 % over documents"] * wide, ["---"] * (len(head) + wide)]
     for r in rows:
         lines.append([r.setting + (f" ({r.failed} failed)" if r.failed else ""), str(r.n), number(r.mean, ".6f"),
                       number(r.sd, ".6f"), number((r.paired or {}).get("mean"), "+.6f"), bounds(r.paired),
-                      number(r.p, ".3g"), number(r.bytes, ","), number(r.seconds, ".1f"), *[bounds(r.documents)] * wide])
+                      number(r.p, ".3g"), number(r.bytes, ","), number(r.train_seconds, ".1f"),
+                      number(r.eval_seconds, ".1f"), *[bounds(r.documents)] * wide])
     note = (f"Scores: {'pass ' + mode if mode else 'the best pass of each run'}. Lower is better, so a negative difference is a "
             f"gain. Intervals are Student's over paired seeds; where a setting does nothing, one interval in twenty leaves out zero "
             f"all the same ({len(rows) - 1} here).")

@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from records_lab import RECORDS, environment
 
 import sweep
@@ -113,7 +114,8 @@ def test_grid_is_all_combinations_and_its_first_is_the_control(tmp_path):
 
 @pytest.mark.parametrize("text, words", [
     ("seeds=[1, 1]\n[grid]\nA=[1, 2]", "different whole numbers"), ("seed=[1]\n[grid]\nA=[1, 2]", "seed means nothing here"),
-    ("seeds=[1]\n[settings.'a/b']\nA=1", "no / in the names"), ("seeds=[1]\n[grid]\nSEED=[1, 2]", "the sweep's own"), ("seeds=[", "s.toml")])
+    ("seeds=[1]\n[base]\nMODE='eval'", "MODE is a setting's"), ("seeds=[1]\n[settings.x]\nMODE='train'", "it can be eval or pack"),
+    ("seeds=[1]\n[settings.x]\nARTIFACT='y'", "the sweep's own"), ("seeds=[1]\n[settings.'a/b']\nA=1", "no / in the names"), ("seeds=[1]\n[grid]\nSEED=[1, 2]", "the sweep's own"), ("seeds=[", "s.toml")])
 def test_wrong_specs_are_refused(tmp_path, text, words):
     with pytest.raises(sweep.Refused, match=words):
         spec_of(tmp_path, text)
@@ -268,6 +270,59 @@ def test_failures_are_kept_and_not_repeated(place):
     assert told(place, "starts.txt")["bad.s1"] == 1
     run(place, "--retry", "--slots", "3")
     assert told(place, "starts.txt")["bad.s1"] == 2 and told(place, "starts.txt")["control.s1"] == 1
+
+
+LATER = '''
+[settings.no_tilt]
+MODE = "eval"
+GAIN = -0.02
+[settings.rounded]
+MODE = "pack"
+GAIN = -0.03
+'''
+# the stand-in leaves an artifact and a checkpoint; without training it must find those of the control, of its own seed
+LEAVES = PROGRAM.replace('told("starts.txt")', """told("starts.txt")
+mode = env.get("MODE", "train")
+if mode == "train":
+    for suffix in ("artifact", "ckpt"):
+        (folder / f"{name}.{suffix}").write_text(env["SEED"])
+else:
+    assert pathlib.Path(env["ARTIFACT" if mode == "eval" else "CHECKPOINT"]).read_text() == env["SEED"] and "PACE" not in env
+""".strip())
+
+
+def test_settings_of_evaluation_wait_for_the_control_and_use_its_files(place):
+    (place / "train_gpt.py").write_text(LEAVES)
+    with open(place / "spec.toml", "a") as spec:
+        spec.write(LATER)
+    done = run(place, "--slots", "3")
+    rows = results(place)
+    assert done.returncode == 0 and sum(told(place, "ends.txt").values()) == 15, done.stdout + done.stderr
+    assert rows["no_tilt"]["paired"]["mean"] == pytest.approx(0.02) and rows["rounded"]["paired"]["mean"] == pytest.approx(0.03)
+    order = (place / "ends.txt").read_text().split()
+    assert all(order.index(f"control.s{seed}") < order.index(f"{s}.s{seed}") for seed in (1, 2, 3) for s in ("no_tilt", "rounded"))
+
+
+def test_settings_of_evaluation_do_not_run_without_their_control(place):
+    (place / "train_gpt.py").write_text(LEAVES.replace('if env.get("FAIL"):', 'if name == "control.s2":'))
+    with open(place / "spec.toml", "a") as spec:
+        spec.write(LATER)
+    done = run(place, "--slots", "2")
+    assert done.returncode == 1 and "their control failed: no_tilt.s2, rounded.s2" in done.stdout, done.stdout + done.stderr
+    assert told(place, "starts.txt")["no_tilt.s2"] == 0 and results(place)["no_tilt"]["n"] == 2
+
+
+def test_settings_of_evaluation_cannot_change_training(tmp_path):
+    """With the real program's knobs: what comes before the quantiser's in its tables is read by training alone."""
+    (tmp_path / "train_gpt.py").write_text((ROOT / "train_gpt.py").read_text())
+    for mode, knob, words in (("eval", "MATRIX_LR", "MODE=eval does not read MATRIX_LR"), ("eval", "STEP_RULE", "does not read STEP_RULE"),
+                              ("pack", "MLP_MULT", "MODE=pack does not read MLP_MULT"), ("pack", "STEP_RULE", ""), ("eval", "TTT_LORA_RANK", "")):
+        spec = spec_of(tmp_path, f'name="{mode}{knob}"\nseeds=[1]\n[settings.x]\nMODE="{mode}"\n{knob}=1\n')
+        if not words:
+            sweep.Sweep(spec, tmp_path / "out", tmp_path, [{}], 1, False)
+            continue
+        with pytest.raises(sweep.Refused, match=words):
+            sweep.Sweep(spec, tmp_path / "out", tmp_path, [{}], 1, False)
 
 
 def test_a_run_that_says_it_broke_a_rule_is_done_and_shown(place):
