@@ -354,3 +354,16 @@ def test_knobs_of_the_shell_stay_outside(place):
     (place / "train_gpt.py").write_text(PROGRAM.replace("import json", declared.replace("dict(0)", "max(0, 0)") + "import json", 1))
     done = subprocess.run(command(place, "--slots", "3"), cwd=place, env=environment(GAIN="0.7"), text=True, capture_output=True)
     assert done.returncode == 0 and results(place)["control"]["mean"] == pytest.approx(2.0 + 0.1 * 14 / 3)
+
+
+def test_an_hour_on_a_gpu_takes_knobs_and_ends_in_time(tmp_path):
+    """tests/gpu/hour.sh with a second's time: every step is cut off, and the sweep it would have run is the spec with these knobs."""
+    spec = tmp_path / "s.toml"
+    spec.write_text('name = "late"\nseeds = [1]\n[base]\nDATA_PATH = "here"\nSEEDLESS = 1\n[settings.x]\nDATA_PATH = "own"\n')
+    began = time.monotonic()
+    done = subprocess.run([ROOT / "tests/gpu/hour.sh", "1", spec, tmp_path / "out", "DATA_PATH=/there", "TRAIN_SEQ_LEN=64"], text=True,
+                          capture_output=True, env=environment(), timeout=60)
+    assert time.monotonic() - began < 20 and "sweep ended" in done.stdout, done.stdout + done.stderr
+    made = sweep.read_spec(tmp_path / "out" / "spec.toml")
+    base = {"DATA_PATH": "/there", "SEEDLESS": "1", "TRAIN_SEQ_LEN": "64"}
+    assert made.name == "late" and made.settings == {"control": base, "x": base | {"DATA_PATH": "own"}}
