@@ -3,6 +3,7 @@
     python records/plan.py                          a block of the record preset, forward and backward
     python records/plan.py --layer 9 --tokens 65536 NUM_KV_HEADS=2
     python records/plan.py --set realize_opcount_threshold=30     with other settings of the inductor
+    python records/plan.py --network                all visits as one graph (COMPILE_SCOPE=network)
 
 A pass is one reading or writing of a bf16 row for every token. At the rate of a large copy it is the floor of a kernel that
 computes little; what a change saves can be counted here before a GPU is asked. A slice counts as the tensor it is cut from,
@@ -29,15 +30,12 @@ class Planned(Exception):
     """The inductor has made its plan; nothing of it is to be compiled."""
 
 
-def trace(tg, cfg, layer: int, tokens: int) -> list:
-    """[(graph, inputs, whether it is the backward one)] of a block in training, on fake CPU tensors."""
+def trace(step, state: dict, inputs: tuple) -> list:
+    """[(graph, its inputs, whether it is the backward one)] of step(state, *inputs), a list of outputs, on fake CPU tensors."""
     from torch._functorch.aot_autograd import aot_function, make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor import compile_fx
     from torch._inductor.decomposition import select_decomp_table
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    block = tg.Block(cfg, layer, tg.Kernels(tg.attention_fa4, mlp=tg.mlp_fused))
-    lanes = cfg.parallel_residual == "two" and layer >= cfg.parallel_start_layer
     graphs = []
 
     def partition(graph, inputs, **more):
@@ -50,25 +48,52 @@ def trace(tg, cfg, layer: int, tokens: int) -> list:
             return make_boxed_func(graph.forward)
         return compiler
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        state = {n: torch.empty(p.shape, dtype=p.dtype, requires_grad=p.requires_grad)
-                 for n, p in [*block.named_parameters(), *block.named_buffers()]}
-        rows = [torch.empty(tokens, cfg.model_dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(2 + lanes)]
-        mix = [torch.empty(2, requires_grad=True), torch.empty(2, 2, requires_grad=True)] if lanes else []
-        rope, cu = [torch.empty(tokens, 1, cfg.rotary_dims) for _ in "cs"], torch.empty(65, dtype=torch.int32)
-        wide = cfg.num_kv_heads * cfg.head_dim
-        values = [torch.empty(tokens, *shape, dtype=torch.bfloat16, requires_grad=True)  # read only where a knob says so
-                  for shape in ((cfg.num_kv_heads, cfg.head_dim), (wide,))]
-
-        def step(state, rows, values, mix, rope, cu):
-            x, x0, *lane = rows
-            args = x, lane[0] if lane else None, x0, tg.OtherValues(*values), tuple(rope), cu, cfg.train_seq_len, mix or None
-            return [y for y in torch.func.functional_call(block, state, args)[:2] if y is not None]
-        traced = aot_function(step, fw_compiler=keep(False), bw_compiler=keep(True), partition_fn=partition,
-                              decompositions=select_decomp_table(), keep_inference_input_mutations=True)
-        out = traced(state, rows, values, mix, rope, cu)
-        torch.autograd.backward(out, [torch.empty_like(y) for y in out])
+    traced = aot_function(step, fw_compiler=keep(False), bw_compiler=keep(True), partition_fn=partition,
+                          decompositions=select_decomp_table(), keep_inference_input_mutations=True)
+    out = traced(state, *inputs)
+    torch.autograd.backward(out, [torch.empty_like(y) for y in out])
     return graphs
+
+
+def empty_state(module) -> dict:
+    """The module's parameters and buffers as fake tensors."""
+    return {n: torch.empty(p.shape, dtype=p.dtype, requires_grad=p.requires_grad)
+            for n, p in [*module.named_parameters(), *module.named_buffers()]}
+
+
+def stream(cfg, tokens: int):
+    """A row of the residual stream."""
+    return torch.empty(tokens, cfg.model_dim, dtype=torch.bfloat16, requires_grad=True)
+
+
+def block_graphs(tg, cfg, layer: int, tokens: int) -> list:
+    """A block in training."""
+    block = tg.Block(cfg, layer, tg.Kernels(tg.attention_fa4, mlp=tg.mlp_fused))
+    lanes = cfg.parallel_residual == "two" and layer >= cfg.parallel_start_layer
+    rows = [stream(cfg, tokens) for _ in range(2 + lanes)]
+    mix = [torch.empty(2, requires_grad=True), torch.empty(2, 2, requires_grad=True)] if lanes else []
+    rope, cu = [torch.empty(tokens, 1, cfg.rotary_dims) for _ in "cs"], torch.empty(65, dtype=torch.int32)
+    wide = cfg.num_kv_heads * cfg.head_dim
+    values = [torch.empty(tokens, *shape, dtype=torch.bfloat16, requires_grad=True)  # read only where a knob says so
+              for shape in ((cfg.num_kv_heads, cfg.head_dim), (wide,))]
+
+    def step(state, rows, values, mix, rope, cu):
+        x, x0, *lane = rows
+        args = x, lane[0] if lane else None, x0, tg.OtherValues(*values), tuple(rope), cu, cfg.train_seq_len, mix or None
+        return [y for y in torch.func.functional_call(block, state, args)[:2] if y is not None]
+    return trace(step, empty_state(block), (rows, values, mix, rope, cu))
+
+
+def network_graphs(tg, cfg, tokens: int) -> list:
+    """All visits of the network in training, with recurrence: from the embedded row to the normalised hidden states."""
+    model = tg.GPT(cfg, tg.Kernels(tg.attention_fa4, mlp=tg.mlp_fused), torch.bfloat16)
+    model.looping = cfg.num_loops > 0
+    model.run = lambda module, *args: args[0] if module is model.input else module(*args)  # the row comes embedded
+    model.forward = lambda x0, pos, cu: model.hidden(x0, pos, cu, cfg.train_seq_len)
+
+    def step(state, *args):
+        return [torch.func.functional_call(model, state, args)]
+    return trace(step, empty_state(model), (stream(cfg, tokens), torch.empty(tokens, dtype=torch.int64), torch.empty(65, dtype=torch.int32)))
 
 
 @contextlib.contextmanager
@@ -167,18 +192,22 @@ def main() -> None:
     parser.add_argument("knobs", nargs="*", type=pair, help="knobs of train_gpt.py, NAME=VALUE")
     parser.add_argument("--program", type=Path, default=Path(__file__).resolve().parents[1] / "train_gpt.py")
     parser.add_argument("--layer", type=int, default=4, help="which block; those with lanes differ")
+    parser.add_argument("--network", action="store_true", help="the whole network with recurrence instead of a block")
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--rate", type=float, default=4.1e12, help="bytes a second of a large copy")
     parser.add_argument("--set", nargs="*", type=setting, default=[], help="settings of torch._inductor.config, NAME=NUMBER")
     args = parser.parse_args()
     tg = runs.load_program(args.program)
     cfg = tg.load_config({"PRESET": "record", **dict(args.knobs)}, False)
-    if not 0 <= args.layer < cfg.num_layers:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    if not args.network and not 0 <= args.layer < cfg.num_layers:
         parser.error(f"--layer {args.layer}: the network has layers 0 to {cfg.num_layers - 1}")
     settings = getattr(tg, "INDUCTOR", {}) | dict(args.set)
     row, total = 2 * cfg.model_dim * args.tokens, {"fused": 0.0, "opaque": 0.0}
     with pretended_gpu():  # from the start: what torch finds out about its surroundings it remembers
-        for graph, inputs, backward in trace(tg, cfg, args.layer, args.tokens):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            graphs = network_graphs(tg, cfg, args.tokens) if args.network else block_graphs(tg, cfg, args.layer, args.tokens)
+        for graph, inputs, backward in graphs:
             kernels = moved(graph, inputs, backward, settings)
             print(f"{'backward' if backward else 'forward'}: {len(kernels)} kernels, {sum(b for *_, b in kernels) / row:.1f} passes")
             for kind, operations, size in kernels:

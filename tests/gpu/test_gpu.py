@@ -152,7 +152,7 @@ def test_integers_of_the_gpu_come_back_from_the_stream():
     assert all(torch.equal(back[n], t.q.cpu()) for n, t in tensors.items())
 
 
-@pytest.mark.parametrize("scope, kernels", [("none", "triton"), ("block", "triton")])
+@pytest.mark.parametrize("scope, kernels", [("none", "triton"), ("block", "triton"), ("network", "triton")])
 def test_compiled_and_fused_equal_eager(scope, kernels, run):
     """Loss and gradients of the record network against the same weights run eagerly without our kernels, both plans."""
     grads = {}
@@ -180,7 +180,7 @@ def test_compiled_and_fused_equal_eager(scope, kernels, run):
         assert relative(torch.cat([x.flatten() for x in a[1:]]), torch.cat([x.flatten() for x in b[1:]])) < 5e-2
 
 
-@pytest.mark.parametrize("scope", ["none", "block"])
+@pytest.mark.parametrize("scope", ["none", "block", "network"])
 def test_recorded_rows_have_the_gradients_of_launched_ones(scope, run):
     """Two shapes and both plans in turn, three times each: launched, recorded, replayed; they share their memory."""
     cfg = tg.load_config({"COMPILE_SCOPE": scope}, True)
