@@ -152,8 +152,8 @@ class ModelKnobs:
     """The network. Layer sets count physical layers from 0."""
     num_layers: int = knob(11, "physical layers", low=1)
     model_dim: int = knob(512, "width of the residual stream", low=8)
-    num_heads: int = knob(8, "query heads", low=1)
-    num_kv_heads: int = knob(4, "key/value heads (grouped-query attention)", low=1)
+    num_heads: int = knob(4, "query heads; each is MODEL_DIM / NUM_HEADS wide", low=1)
+    num_kv_heads: int = knob(2, "key/value heads (grouped-query attention)", low=1)
     mlp_mult: float = knob(4.5, "hidden width of the MLP over MODEL_DIM; the largest share of the bytes", low=0.1)
     mlp_act: str = knob("leaky_relu2", "leaky_relu2 keeps a gradient on the negative side", ("leaky_relu2", "relu2"))
     tie_embeddings: bool = knob(True, "the head is the embedding; untying costs V*D parameters")
@@ -285,7 +285,8 @@ class PackKnobs:
     ttt_unfreeze_blocks: int = knob(2, "blocks that TTT_PARAMS=last moves, with all gains and gates", low=0)
 
 
-AS_PUBLISHED = dict(step_rule="sdclip", weight_coder="sections", train_batch_schedule="")  # all systems before this one
+# all systems before this one
+AS_PUBLISHED = dict(num_heads=8, num_kv_heads=4, step_rule="sdclip", weight_coder="sections", train_batch_schedule="")
 
 # The published naive baseline: no tricks, int8 and zlib. Learning rates and momentum as upstream's script has them.
 BASELINE = AS_PUBLISHED | dict(
@@ -301,7 +302,7 @@ BASELINE = AS_PUBLISHED | dict(
 # The whole job on two CPU cores in three minutes: every stage of the record at a hundredth of its size.
 SMOKE = dict(
     data_path="data/datasets/local_sp1024", tokenizer_path="data/tokenizers/local_1024_bpe.model", vocab_size=1024,
-    num_layers=5, model_dim=128, num_heads=4, num_kv_heads=2, mlp_mult=3.0, xsa_last_n=5, num_loops=1, loop_start=1,
+    num_layers=5, model_dim=128, mlp_mult=3.0, xsa_last_n=5, num_loops=1, loop_start=1,
     loop_end=2, parallel_start_layer=3, train_seq_len=256, eval_seq_len=256, eval_stride=128, train_batch_tokens=4096,
     pack_tokens=1024, micro_batch_tokens=4096, val_batch_tokens=8192, max_wallclock_seconds=75.0,
     iterations=600, warmup_steps=1, train_log_every=20, gptq_calibration_batches=8, ttt_chunk_tokens=16384,
@@ -1863,7 +1864,7 @@ class HeadGate(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         reads, self.outer, self.inner, bias = GATES[cfg.attn_gate]
-        # a window of 12 costs 96 weights a layer, reading all channels 4,096
+        # a window costs 12 weights a head, all channels 512
         self.width = {"none": 0, "window": cfg.gate_window, "all": cfg.model_dim}[reads]
         self.weight = nn.Parameter(torch.empty(cfg.num_heads, self.width)) if self.width else None
         self.bias = nn.Parameter(torch.empty(cfg.num_heads)) if bias is not None else None
@@ -2224,7 +2225,7 @@ INDUCTOR = {"realize_opcount_threshold": 100, "realize_acc_reads_threshold": 16}
 def compile_model(model: GPT, cfg: Config, run: Run) -> None:
     """Give torch.compile a block at a time: one compilation serves all layers, so start-up does not grow with depth.
 
-    Given the network it fuses across blocks: 786 passes over the rows instead of 917, by plan (records/README.md, speed log).
+    Given the network it fuses across blocks too, by plan a seventh of its own passes over the rows less (records/README.md).
     """
     how = cfg.compile_scope if cfg.compile_scope != "auto" else ("block" if run.gpu else "none")
     torch._dynamo.config.recompile_limit = 64  # training, scoring and adaptation each have their own few variants

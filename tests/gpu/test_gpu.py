@@ -41,17 +41,18 @@ BORDERS = ([0, 1, 2, 67, 300, 300, 301, 813], [0, 513], [0, 128, 256, 384, 512, 
 
 
 @pytest.mark.parametrize("borders", BORDERS)
+@pytest.mark.parametrize("heads", [4, 8])
 @pytest.mark.parametrize("name", [n for n in tg.ATTENTION if n != "eager"])
-def test_attention_backend_equals_eager(name, borders, run):
-    cfg = tg.load_config({}, True)
+def test_attention_backend_equals_eager(name, heads, borders, run):
+    cfg, wide = tg.load_config({"NUM_HEADS": str(heads), "NUM_KV_HEADS": str(heads // 2)}, True), 512 // heads
     problem = tg.try_attention(name, cfg, run)
     if problem:
         pytest.skip(f"{name}: {problem}")
     torch.manual_seed(0)
     total = borders[-1]
     cu = torch.tensor(borders, dtype=torch.int32, device="cuda")
-    inputs = [torch.randn(total, h, 64, device="cuda").bfloat16().requires_grad_() for h in (8, 4, 4)]
-    grad = torch.randn(total, 8, 64, device="cuda").bfloat16()
+    inputs = [torch.randn(total, h, wide, device="cuda").bfloat16().requires_grad_() for h in (heads, heads // 2, heads // 2)]
+    grad = torch.randn(total, heads, wide, device="cuda").bfloat16()
     results = []
     for attend in (tg.ATTENTION[name], tg.attention_eager):
         out = attend(*inputs, cu, 512 if total > 513 else 513)
@@ -62,17 +63,18 @@ def test_attention_backend_equals_eager(name, borders, run):
 
 
 @pytest.mark.parametrize("slots, chunk, window, heads, begin", [
-    (5, 16, 256, (8, 4), (0, 7, 255, 256, 1000)), (3, 48, 256, (8, 4), (48, 300, 4096)), (4, 32, 128, (4, 2), (1, 127, 129, 31)),
-    (2, 5, 64, (4, 4), (3, 90)), (2, 24, 3072, (8, 4), (3072, 50000))], ids=str)
+    (5, 16, 256, (8, 4, 64), (0, 7, 255, 256, 1000)), (3, 48, 256, (4, 2, 128), (48, 300, 4096)), (4, 32, 128, (4, 2, 128), (1, 127, 129, 31)),
+    (2, 5, 64, (4, 4, 64), (3, 90)), (2, 24, 3072, (8, 4, 64), (3072, 50000)), (2, 24, 3072, (4, 2, 128), (3072, 50000))], ids=str)
 def test_cached_attention_equals_eager(slots, chunk, window, heads, begin):
     """Values and gradients, on empty, filling, full and overwritten rings."""
     torch.manual_seed(0)
-    ring = [torch.randn(slots, window + tg.Slots.SPARE, heads[1], 64, device="cuda").bfloat16() for _ in "kv"]
+    *heads, wide = heads
+    ring = [torch.randn(slots, window + tg.Slots.SPARE, heads[1], wide, device="cuda").bfloat16() for _ in "kv"]
     begin = torch.tensor(begin, device="cuda")
     # as in the network: queries and keys side by side in one row, values behind others
-    rows = torch.randn(slots * chunk, heads[0] + 3 * heads[1], 64, device="cuda").bfloat16()
+    rows = torch.randn(slots * chunk, heads[0] + 3 * heads[1], wide, device="cuda").bfloat16()
     q, k, _, v = rows.split((*heads, heads[1], heads[1]), 1)
-    grad, results = torch.randn(slots * chunk, heads[0], 64, device="cuda").bfloat16(), []
+    grad, results = torch.randn(slots * chunk, heads[0], wide, device="cuda").bfloat16(), []
     for attend, dtype in ((tg.attention_cached, torch.bfloat16), (tg.attention_cached_eager, torch.float32)):
         mine = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
         out = attend(*mine, tg.Past(*(x.to(dtype) for x in ring), begin, window))
