@@ -390,9 +390,12 @@ def test_plan_of_the_record():
         assert tg.GPT(cfg).skip.weights.shape == (8, 512)
 
 
+EIGHT = dict(num_heads=8, num_kv_heads=4)  # as published
+
+
 @pytest.mark.parametrize("knobs, count", [
-    (dict(), 38829255), (dict(mlp_mult=4.0, attn_gate="out"), 35945671), (dict(preset="baseline"), 17059912),
-    (dict(mlp_mult=4.0, parallel_residual="one", smear_gate="post", attn_gate="out"), 35945605)], ids=name)
+    (dict(), 38828683), (dict(mlp_mult=4.0, attn_gate="out", **EIGHT), 35945671), (dict(preset="baseline"), 17059912),
+    (dict(mlp_mult=4.0, parallel_residual="one", smear_gate="post", attn_gate="out", **EIGHT), 35945605)], ids=name)
 def test_parameter_counts(knobs, count):
     env = {"PRESET": "record", **{k.upper(): v for k, v in knobs.items()}}
     with torch.device("meta"):
