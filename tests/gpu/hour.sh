@@ -18,9 +18,9 @@ for pair in "$@"; do  # the base's own value goes, ours comes
   sed -E "/^\[base\]/,/^\[settings/{/^$name *=/d};s|^\[base\]|[base]\n$name = \"${pair#*=}\"|" "$spec" > "$out/spec.toml.part" && mv "$out/spec.toml.part" "$out/spec.toml"
   spec=$out/spec.toml
 done
-timeout "$(left)" python -m pytest tests/gpu -q -p no:cacheprovider > "$out/tests.txt" 2>&1
+timeout "$(left)" python3 -m pytest tests/gpu -q -p no:cacheprovider > "$out/tests.txt" 2>&1
 say "tests: $(tail -1 "$out/tests.txt")"
-timeout "$(left)" python tests/gpu/tiles.py > "$out/tiles.txt" 2>&1
+timeout "$(left)" python3 tests/gpu/tiles.py > "$out/tiles.txt" 2>&1
 say "tiles: $(grep -m1 forward "$out/tiles.txt") | $(grep -m1 backward "$out/tiles.txt")"
-timeout --signal TERM --kill-after 40 "$(left)" python records/sweep.py "$spec" --out "$out"
+timeout --signal TERM --kill-after 40 "$(left)" python3 records/sweep.py "$spec" --out "$out"
 say "sweep ended ($?)"
