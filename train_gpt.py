@@ -2240,8 +2240,8 @@ def compile_model(model: GPT, cfg: Config, run: Run) -> None:
 class RowGradients:
     """Gradients of rows' weighted nats, summed in `grads`, which are the parameters' own; on a GPU recorded once a shape.
 
-    A row is some thousand kernels, forward and backward. Launching them one by one takes a host 50 ms, in which an H200 does
-    65,536 tokens without recurrence, and each of eight GPUs twice its share of the record's first steps.
+    A row is some thousand kernels, forward and backward. Launching them one by one takes a host about as long as an H200 computes
+    on 65,536 tokens without recurrence, and so longer than each of eight GPUs on its share of the record's first steps.
     """
 
     def __init__(self, model: GPT, params: list[nn.Parameter], run: Run):
