@@ -704,7 +704,7 @@ class Run:
         """Join the process group: NCCL for device tensors, gloo for numbers that must not touch the device queue."""
         if self.gpu:
             torch.cuda.set_device(self.device)
-            torch.set_num_threads(1)  # with one a core, four runs that started on one machine fought over them for two minutes
+            torch.set_num_threads(1)  # with one a core, three runs and the tests at once were not past their first weights in two minutes
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.gpu else "gloo")
 
@@ -1681,16 +1681,17 @@ if installed("triton"):
             activate(right, HIDDEN, OUT, m, n + BN // 2, slope, LEARN)
 
 
-TILE = 128, 256, 64  # rows, columns, depth of a tile (records/README.md, speed log)
+# rows, columns and depth of a tile, warps, stages, programs a multiprocessor (tests/gpu/tiles.py; records/README.md, speed log)
+TILE = 128, 256, 64, 8, 3, 1
 
 
 def hidden_rows(x: Tensor, w: Tensor, hidden: Tensor, out: Tensor, slope: float, learn: bool) -> Tensor:
     """hidden_product over the whole device, into `out`. x [T, K], w [N, K], hidden and out [T, N]"""
-    rows, columns, depth = TILE
+    rows, columns, depth, warps, stages, share = TILE
     described = [TensorDescriptor.from_tensor(t, list(b)) for t, b in
                  ((x, (rows, depth)), (w, (columns, depth)), (hidden, (rows, columns // 2)), (out, (rows, columns // 2)))]
-    programs = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
-    hidden_product[(programs,)](*described, len(x), slope, len(w), w.shape[1], *TILE, learn, num_warps=8, num_stages=3)
+    programs = share * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    hidden_product[(programs,)](*described, len(x), slope, len(w), w.shape[1], rows, columns, depth, learn, num_warps=warps, num_stages=stages)
     return out
 
 
@@ -2247,7 +2248,7 @@ class RowGradients:
     def __init__(self, model: GPT, params: list[nn.Parameter], run: Run):
         self.model, self.params, self.pool = model, params, torch.cuda.graph_pool_handle() if run.gpu else None
         self.grads, self.rows = [torch.zeros_like(p) for p in params], {}
-        for p, g in zip(params, self.grads):
+        for p, g in zip(params, self.grads):  # zeros: a parameter that a plan does not use must not stall ranks
             p.grad = g
 
     def add(self, batch: Batch, weight: Tensor) -> Tensor:
@@ -2262,9 +2263,11 @@ class RowGradients:
         return replay()
 
     def compute(self, ids: Tensor, targets: Tensor, pos: Tensor, cu: Tensor, weight: Tensor, longest: int) -> Tensor:
+        """What is recorded: a row's passes, from and into tensors that stay where they are."""
         loss = (self.model.nll(ids, targets, pos, cu, longest) * weight).sum()
         found = torch.autograd.grad(loss, self.params, allow_unused=True)  # an idle skip row has none
-        torch._foreach_add_(*map(list, zip(*((g, f) for g, f in zip(self.grads, found) if f is not None))))
+        pairs = [(g, f) for g, f in zip(self.grads, found) if f is not None]
+        torch._foreach_add_(*map(list, zip(*pairs)))
         return loss.detach()
 
 

@@ -19,6 +19,7 @@ from unittest import mock
 
 import runs
 import torch
+from runs import pair
 
 CARD = types.SimpleNamespace(  # near enough an H200: the planner asks for its generation, its multiprocessors and their limits
     name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, total_memory=139 << 30, regs_per_multiprocessor=65536,
@@ -170,14 +171,6 @@ def moved(graph, inputs, backward: bool, settings: dict) -> list[tuple[str, str,
     return found
 
 
-def pair(text: str) -> tuple[str, str]:
-    """NAME=VALUE as (name, value)."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    return name, value
-
-
 def setting(text: str) -> tuple[str, int]:
     """A number of torch._inductor.config."""
     import torch._inductor.config
@@ -199,12 +192,12 @@ def main() -> None:
     args = parser.parse_args()
     tg = runs.load_program(args.program)
     cfg = tg.load_config({"PRESET": "record", **dict(args.knobs)}, False)
-    from torch._subclasses.fake_tensor import FakeTensorMode
     if not args.network and not 0 <= args.layer < cfg.num_layers:
         parser.error(f"--layer {args.layer}: the network has layers 0 to {cfg.num_layers - 1}")
     settings = getattr(tg, "INDUCTOR", {}) | dict(args.set)
     row, total = 2 * cfg.model_dim * args.tokens, {"fused": 0.0, "opaque": 0.0}
     with pretended_gpu():  # from the start: what torch finds out about its surroundings it remembers
+        from torch._subclasses.fake_tensor import FakeTensorMode
         with FakeTensorMode(allow_non_fake_inputs=True):
             graphs = network_graphs(tg, cfg, args.tokens) if args.network else block_graphs(tg, cfg, args.layer, args.tokens)
         for graph, inputs, backward in graphs:

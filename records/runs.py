@@ -4,6 +4,7 @@ A run of train_gpt.py leaves RUN_ID.jsonl (events, the truth) and RUN_ID.txt (so
 the contest leave only a text log, in one of two dialects; both begin with source code, whose f-strings look like
 results, so a line counts only where digits stand in the places of the numbers. Whatever a file does not say is None.
 """
+import argparse
 import ast
 import base64
 import functools
@@ -448,6 +449,14 @@ def read_manifest(path: Path) -> dict:
 def unzstd(data: bytes) -> bytes:
     import zstandard
     return zstandard.ZstdDecompressor().decompress(data)
+
+
+def pair(text: str) -> tuple[str, str]:
+    """NAME=VALUE on a command line as (name, value)."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value
 
 
 # ----------------------------------------------------------------------------------------------------------------------

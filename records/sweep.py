@@ -1,6 +1,6 @@
 """Run a table of environment overrides over paired seeds, on all GPUs or on the CPU, and say what they changed.
 
-    python records/sweep.py records/examples/smoke.toml [--slots 2] [--gpus-per-run 1] [--out sweeps] [--retry]
+    python records/sweep.py records/examples/smoke.toml [--slots 2] [--gpus-per-run 1] [--out sweeps] [--retry] [--base KNOB=VALUE ...]
 
 A spec is TOML:
 
@@ -94,8 +94,8 @@ def knob_text(value) -> str:
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 
-def read_spec(path: Path) -> Spec:
-    """Parse a spec; Refused names what is wrong with it."""
+def read_spec(path: Path, more: dict = {}) -> Spec:
+    """Parse a spec, its base with `more` knobs; Refused names what is wrong with it."""
     try:
         told = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as e:
@@ -103,7 +103,7 @@ def read_spec(path: Path) -> Spec:
     unknown = told.keys() - {"name", "seeds", "base", "settings", "grid"}
     if unknown:
         raise Refused(f"{path}: {', '.join(sorted(unknown))} means nothing here; name, seeds, base, settings, grid do")
-    seeds, base = told.get("seeds", [1337]), told.get("base", {})
+    seeds, base = told.get("seeds", [1337]), {**told.get("base", {}), **more}
     if not isinstance(seeds, list) or not seeds or not all(type(s) is int for s in seeds) or len(set(seeds)) < len(seeds):
         raise Refused(f"{path}: seeds must be different whole numbers")
     grid = {k: v if isinstance(v, list) else [v] for k, v in told.get("grid", {}).items()}
@@ -253,7 +253,7 @@ class Sweep:
         try:
             while pending or self.live:
                 free = [i for i in range(len(self.places)) if i not in {r.slot for r in self.live}]
-                for slot, job in zip(free, [j for j in pending if self.ready(j)]):
+                for slot, job in zip(free, (j for j in list(pending) if self.ready(j, pending))):
                     pending.remove(job)
                     self.start(job, slot)
                     if not self.seconds:
@@ -267,11 +267,14 @@ class Sweep:
             self.stop()
 
     def control_of(self, job: Job) -> Job:
-        return Job(CONTROL, job.seed, tuple(sorted(self.spec.settings[CONTROL].items())))
+        return next(j for j in self.spec.jobs if (j.setting, j.seed) == (CONTROL, job.seed))
 
-    def ready(self, job: Job) -> bool:
+    def ready(self, job: Job, pending: list[Job]) -> bool:
         """Whether what the job starts from is there."""
-        return not job.mode or self.run_of(self.control_of(job)) is not None
+        if not job.mode:
+            return True
+        control = self.control_of(job)  # its log is read only once it is no longer to run
+        return control not in pending and control not in [r.job for r in self.live] and self.run_of(control) is not None
 
     def adopt(self, pending: list[Job]) -> list[Job]:
         """Take over runs that go on after their sweep was killed; returns those still to start."""
@@ -482,6 +485,7 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("spec", type=Path)
     parser.add_argument("--out", type=Path, default=Path("sweeps"), help="folder of the sweep's folder")
+    parser.add_argument("--base", nargs="*", type=runs.pair, default=[], metavar="KNOB=VALUE", help="in place of the spec's base")
     parser.add_argument("--root", type=Path, default=ROOT, help="where train_gpt.py and data/ lie")
     parser.add_argument("--slots", type=int, default=1, help="runs at a time without GPUs")
     parser.add_argument("--gpus-per-run", type=int, default=1, help="more than one: torchrun over so many GPUs a run")
@@ -498,7 +502,7 @@ def main(args: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, end)
     given = options().parse_args(args)
     ranks = given.gpus_per_run if visible_gpus() else 1
-    sweep = Sweep(read_spec(given.spec), given.out, given.root.resolve(), slots(max(1, given.slots), given.gpus_per_run), ranks,
+    sweep = Sweep(read_spec(given.spec, dict(given.base)), given.out, given.root.resolve(), slots(max(1, given.slots), given.gpus_per_run), ranks,
                   given.retry, lambda text: print(text, flush=True))
     sweep.work()
     rows = finish(sweep, given.mode)

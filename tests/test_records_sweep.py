@@ -356,14 +356,29 @@ def test_knobs_of_the_shell_stay_outside(place):
     assert done.returncode == 0 and results(place)["control"]["mean"] == pytest.approx(2.0 + 0.1 * 14 / 3)
 
 
+def test_knobs_of_the_command_line_go_in_place_of_the_base(place):
+    done = run(place, "--slots", "3", "--base", "PACE=0.01", "GAIN=0.2")
+    planned = json.loads((place / "out/kill/sweep.json").read_text())
+    assert done.returncode == 0 and planned["control.s1"] == {"PACE": "0.01", "GAIN": "0.2"}, done.stdout + done.stderr
+    assert planned["better.s1"] == {"PACE": "0.01", "GAIN": "0.05"}
+    assert "'PACE' is not NAME=VALUE" in run(place, "--base", "PACE").stderr
+
+
 def test_an_hour_on_a_gpu_takes_knobs_and_ends_in_time(tmp_path):
     """tests/gpu/hour.sh with a second's time: every step is cut off, and the sweep it would have run is the spec with these knobs."""
+    stub = tmp_path / "bin" / "python3"  # says how it was called, and takes too long
+    stub.parent.mkdir()
+    stub.write_text(f'#!/bin/bash\nprintf "%s\\n" "$*" >> {tmp_path}/calls.txt\nsleep 30\n')
+    stub.chmod(0o755)
     spec = tmp_path / "s.toml"
     spec.write_text('name = "late"\nseeds = [1]\n[base]\nDATA_PATH = "here"\nSEEDLESS = 1\n[settings.x]\nDATA_PATH = "own"\n')
     began = time.monotonic()
     done = subprocess.run([ROOT / "tests/gpu/hour.sh", "1", spec, tmp_path / "out", "DATA_PATH=/there", "TRAIN_SEQ_LEN=64"], text=True,
-                          capture_output=True, env=environment(), timeout=60)
+                          capture_output=True, env=environment(PATH=f"{stub.parent}:{os.environ['PATH']}"), timeout=60)
     assert time.monotonic() - began < 20 and "sweep ended" in done.stdout, done.stdout + done.stderr
-    made = sweep.read_spec(tmp_path / "out" / "spec.toml")
+    *_, last = calls = [line.split() for line in (tmp_path / "calls.txt").read_text().splitlines()]
+    assert [c[0] for c in calls] == ["-m", "tests/gpu/tiles.py", "records/sweep.py"]
+    given = sweep.options().parse_args(last[1:])
+    made = sweep.read_spec(given.spec, dict(given.base))
     base = {"DATA_PATH": "/there", "SEEDLESS": "1", "TRAIN_SEQ_LEN": "64"}
     assert made.name == "late" and made.settings == {"control": base, "x": base | {"DATA_PATH": "own"}}
