@@ -190,7 +190,7 @@ class OptimKnobs:
     """Kernels, optimisers and schedules."""
     attn_backend: str = knob("auto", "auto: the first that works here", ("auto", "fa4", "fa3", "varlen", "sdpa", "eager"))
     kernels: str = knob("auto", "own operations fused in Triton (auto: on a GPU) or eager twins", ("auto", "triton", "eager"))
-    compile_scope: str = knob("auto", "torch.compile sees nothing, one block (auto: on a GPU), or the network", ("auto", "none", "block", "network"))
+    compile_scope: str = knob("auto", "torch.compile sees nothing, or a block at a time (auto: on a GPU)", ("auto", "none", "block"))
     matrix_lr: float = knob(0.026, "Muon's step on matrices", low=0)
     scalar_lr: float = knob(0.02, "AdamW on vectors, gates and scalars", low=0)
     tied_embed_lr: float = knob(0.03, "AdamW on the embedding and hash tables", low=0)
@@ -1681,13 +1681,13 @@ if installed("triton"):
             activate(right, HIDDEN, OUT, m, n + BN // 2, slope, LEARN)
 
 
-# rows, columns and depth of a tile, warps, stages, programs a multiprocessor (tests/gpu/tiles.py; records/README.md, speed log)
-TILE = 128, 256, 64, 8, 3, 1
+# forward and backward: rows, columns and depth of a tile, warps, stages, programs a multiprocessor (tests/gpu/tiles.py)
+TILES = (128, 128, 64, 4, 3, 2), (128, 256, 64, 8, 3, 1)
 
 
 def hidden_rows(x: Tensor, w: Tensor, hidden: Tensor, out: Tensor, slope: float, learn: bool) -> Tensor:
     """hidden_product over the whole device, into `out`. x [T, K], w [N, K], hidden and out [T, N]"""
-    rows, columns, depth, warps, stages, share = TILE
+    rows, columns, depth, warps, stages, share = TILES[learn]
     described = [TensorDescriptor.from_tensor(t, list(b)) for t, b in
                  ((x, (rows, depth)), (w, (columns, depth)), (hidden, (rows, columns // 2)), (out, (rows, columns // 2)))]
     programs = share * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
@@ -2226,14 +2226,13 @@ INDUCTOR = {"realize_opcount_threshold": 100, "realize_acc_reads_threshold": 16}
 def compile_model(model: GPT, cfg: Config, run: Run) -> None:
     """Give torch.compile a block at a time: one compilation serves all layers, so start-up does not grow with depth.
 
-    Given the network it fuses across blocks too, by plan a seventh of its own passes over the rows less (records/README.md).
+    The whole network as one graph was no faster (records/README.md).
     """
     how = cfg.compile_scope if cfg.compile_scope != "auto" else ("block" if run.gpu else "none")
     torch._dynamo.config.recompile_limit = 64  # training, scoring and adaptation each have their own few variants
     if how != "none":
-        whole = functools.partial(torch.compile, dynamic=False, fullgraph=True, options=INDUCTOR)
         # a block's parameters are inputs: layers share the graph
-        model.run, model.nll = (whole(call), model.nll) if how == "block" else (call, whole(model.nll))
+        model.run = torch.compile(call, dynamic=False, fullgraph=True, options=INDUCTOR)
         model.renew = torch.compile(renew_rows, dynamic=True)
     run.log(f"compile:{how}")
 

@@ -3,7 +3,6 @@
     python records/plan.py                          a block of the record preset, forward and backward
     python records/plan.py --layer 9 --tokens 65536 NUM_KV_HEADS=2
     python records/plan.py --set realize_opcount_threshold=30     with other settings of the inductor
-    python records/plan.py --network                all visits as one graph (COMPILE_SCOPE=network)
 
 A pass is one reading or writing of a bf16 row for every token. At the rate of a large copy it is the floor of a kernel that
 computes little; what a change saves can be counted here before a GPU is asked. A slice counts as the tensor it is cut from,
@@ -83,18 +82,6 @@ def block_graphs(tg, cfg, layer: int, tokens: int) -> list:
         args = x, lane[0] if lane else None, x0, tg.OtherValues(*values), tuple(rope), cu, cfg.train_seq_len, mix or None
         return [y for y in torch.func.functional_call(block, state, args)[:2] if y is not None]
     return trace(step, empty_state(block), (rows, values, mix, rope, cu))
-
-
-def network_graphs(tg, cfg, tokens: int) -> list:
-    """All visits of the network in training, with recurrence: from the embedded row to the normalised hidden states."""
-    model = tg.GPT(cfg, tg.Kernels(tg.attention_fa4, mlp=tg.mlp_fused), torch.bfloat16)
-    model.looping = cfg.num_loops > 0
-    model.run = lambda module, *args: args[0] if module is model.input else module(*args)  # the row comes embedded
-    model.forward = lambda x0, pos, cu: model.hidden(x0, pos, cu, cfg.train_seq_len)
-
-    def step(state, *args):
-        return [torch.func.functional_call(model, state, args)]
-    return trace(step, empty_state(model), (stream(cfg, tokens), torch.empty(tokens, dtype=torch.int64), torch.empty(65, dtype=torch.int32)))
 
 
 @contextlib.contextmanager
@@ -185,21 +172,20 @@ def main() -> None:
     parser.add_argument("knobs", nargs="*", type=pair, help="knobs of train_gpt.py, NAME=VALUE")
     parser.add_argument("--program", type=Path, default=Path(__file__).resolve().parents[1] / "train_gpt.py")
     parser.add_argument("--layer", type=int, default=4, help="which block; those with lanes differ")
-    parser.add_argument("--network", action="store_true", help="the whole network with recurrence instead of a block")
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--rate", type=float, default=4.1e12, help="bytes a second of a large copy")
     parser.add_argument("--set", nargs="*", type=setting, default=[], help="settings of torch._inductor.config, NAME=NUMBER")
     args = parser.parse_args()
     tg = runs.load_program(args.program)
     cfg = tg.load_config({"PRESET": "record", **dict(args.knobs)}, False)
-    if not args.network and not 0 <= args.layer < cfg.num_layers:
+    if not 0 <= args.layer < cfg.num_layers:
         parser.error(f"--layer {args.layer}: the network has layers 0 to {cfg.num_layers - 1}")
     settings = getattr(tg, "INDUCTOR", {}) | dict(args.set)
     row, total = 2 * cfg.model_dim * args.tokens, {"fused": 0.0, "opaque": 0.0}
     with pretended_gpu():  # from the start: what torch finds out about its surroundings it remembers
         from torch._subclasses.fake_tensor import FakeTensorMode
         with FakeTensorMode(allow_non_fake_inputs=True):
-            graphs = network_graphs(tg, cfg, args.tokens) if args.network else block_graphs(tg, cfg, args.layer, args.tokens)
+            graphs = block_graphs(tg, cfg, args.layer, args.tokens)
         for graph, inputs, backward in graphs:
             kernels = moved(graph, inputs, backward, settings)
             print(f"{'backward' if backward else 'forward'}: {len(kernels)} kernels, {sum(b for *_, b in kernels) / row:.1f} passes")

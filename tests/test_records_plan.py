@@ -42,13 +42,6 @@ def test_blocks_of_other_systems_are_planned():
     assert planned("--layer", "9")[1][2] > planned()[1][2]
 
 
-def test_the_network_as_one_graph_moves_less_than_its_blocks():
-    """Without what lies between blocks: skips, and sums of what several visits' gradients have in common."""
-    blocks = planned("NUM_LAYERS=3", "XSA_LAST_N=3", "LOOP_START=1", "LOOP_END=1", "PARALLEL_RESIDUAL=none", "--layer", "1")[2]
-    whole = planned("NUM_LAYERS=3", "XSA_LAST_N=3", "LOOP_START=1", "LOOP_END=1", "PARALLEL_RESIDUAL=none", "UNET_SKIPS=none", "--network")[2]
-    assert 4 * blocks < whole < 5 * blocks  # five visits
-
-
 def test_what_is_wrong_is_named():
     for read, text, told in ((plan.pair, "NUM_HEADS", "NAME=VALUE"), (plan.setting, "realize=1", "no number of torch._inductor.config"),
                              (plan.setting, "realize_opcount_threshold=x", "no number")):

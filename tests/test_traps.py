@@ -232,10 +232,9 @@ def test_nothing_is_dead_at_its_real_start(knobs, run):
     assert not [n for n, p in model.named_parameters() if torch.equal(p, start[n])]
 
 
-@pytest.mark.parametrize("scope", ["block", "network"])
-def test_recurrence_comes_on_in_compiled_code(scope, run, monkeypatch):
+def test_recurrence_comes_on_in_compiled_code(run, monkeypatch):
     """A flag on a module became a constant of the graph, and 'late QAT' never ran (#315); nor may a new row recompile."""
-    cfg, graphs, build = small(xsa_last_n=2, bigram_vocab_size=37, compile_scope=scope), CompileCounter(), torch.compile
+    cfg, graphs, build = small(xsa_last_n=2, bigram_vocab_size=37, compile_scope="block"), CompileCounter(), torch.compile
     # traced, but no C++ written; the inductor's options go with it
     monkeypatch.setattr(torch, "compile", lambda f, options=None, **how: build(f, backend=graphs, **how))
     model, counts = lively(cfg, looping=False), []
@@ -249,7 +248,6 @@ def test_recurrence_comes_on_in_compiled_code(scope, run, monkeypatch):
                 torch.testing.assert_close(model.nll(*row), expected)
                 counts.append(graphs.frame_count)
     assert 0 < counts[0] == counts[1] < counts[2] == counts[-1]
-    assert (counts[-1] == 2) == (scope == "network")  # one graph a plan
 
 
 def on_two_ranks(cfg, step, shares, folder, monkeypatch):
