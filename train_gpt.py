@@ -249,7 +249,7 @@ class PackKnobs:
                            "the counts of n-gram experts", ("none", "chunk", "lora"))
     ttt_slots: int = knob(0, "lora: documents side by side over all ranks (scores depend on it, not on the ranks); 0: one for "
                           "every 40 documents, 8 to 512", low=0)
-    ttt_chunk_size: str = knob("256:16,2000:32,48", "lora: tokens scored before each step, as longest-document:tokens, ..., rest")
+    ttt_chunk_size: str = knob("48", "lora: tokens scored before each step, as longest-document:tokens, ..., rest")
     ttt_lora_sites: str = knob("omh", "lora: where adapters act: q, k, v, o, m (MLP), h (head)")
     ttt_lora_rank: int = knob(80, "lora: rank", low=1)
     ttt_lora_alpha: float = knob(144.0, "lora: output scale times rank", low=0)
@@ -342,14 +342,13 @@ PR1880 = NO_EXTRAS | dict(
 PR1693 = NO_EXTRAS | dict(
     mlp_mult=4.0, attn_gate="out", smear_gate="post", muon_momentum_warmup_frac=0.306, muon_coefficients="quintic", beta2=0.95,
     warmdown_frac=0.75, min_lr=0.0, ema_horizon=0.0583, mlp_clip_sigmas=12.0, embed_clip_sigmas=15.0, eval_seq_len=2048,
-    ttt_chunk_size="48", ttt_lora_sites="qkvomh", ttt_lora_rank=96, ttt_lora_alpha=96.0, ttt_beta2=0.999,
+    ttt_lora_sites="qkvomh", ttt_lora_rank=96, ttt_lora_alpha=96.0, ttt_beta2=0.999,
     ttt_warm_start_a=False, phased_ttt_num_phases=3)
 PR1855 = NO_EXTRAS | dict(
-    mlp_mult=4.0, gated_attn_quant_gate=True, lqer_top_k=3, eval_seq_len=2048, ttt_chunk_size="48", ttt_lora_sites="qkvomh",
-    phased_ttt_num_phases=3)
+    mlp_mult=4.0, gated_attn_quant_gate=True, lqer_top_k=3, eval_seq_len=2048, ttt_lora_sites="qkvomh", phased_ttt_num_phases=3)
 PR2135 = AS_PUBLISHED | dict(
     mlp_mult=4.0, matrix_lr=0.028, lqer_top_k=3, lqer_asym_group=32, gptq_calibration_batches=32, eval_seq_len=2560,
-    ttt_chunk_size="48", ttt_lora_sites="qvomh", ttt_lora_lr=8e-5, ttt_weight_decay=2.0)
+    ttt_lora_sites="qvomh", ttt_lora_lr=8e-5, ttt_weight_decay=2.0)
 
 # An empty table: the defaults are the record.
 PRESETS = {"record": {}, "baseline": BASELINE, "pr413": PR413, "pr430": PR430, "pr490": PR490, "pr1880": PR1880,
