@@ -271,9 +271,10 @@ class PackKnobs:
     ttt_params: str = knob("all", "what test-time training moves", ("all", "control", "last"))
     ttt_polyak: float = knob(0.0, "chunk: scores read an average of the weights with this decay a step; 0: none", low=0, high=1)
     ttt_byte_weighted: bool = knob(False, "chunk: tokens weigh as many as their bytes")
-    phased_ttt_num_phases: int = knob(1, "lora: times that the network itself learns from the documents scored so far", low=0)
-    phased_ttt_prefix_docs: int = knob(0, "lora: longest documents scored by the last of these; 0: 1 in 20", low=0)
-    global_ttt_lr: float = knob(1e-3, "lora: SGD step of the network itself; falls with a cosine", low=0)
+    phased_ttt_num_phases: int = knob(6, "lora: times that the network itself learns from documents that are scored", low=0)
+    phased_ttt_plan: str = knob("halving", "after ..., 1/4, 1/2 of all documents from what is new; or from the longest so far", ("halving", "prefix"))
+    phased_ttt_prefix_docs: int = knob(0, "prefix: documents scored by the last of its phases; 0: 1 in 20", low=0)
+    global_ttt_lr: float = knob(0.01, "lora: SGD step of the network itself; falls with a cosine", low=0)
     global_ttt_momentum: float = knob(0.9, "lora: its momentum", low=0, high=1)
     global_ttt_epochs: int = knob(1, "lora: passes over each chunk of scored documents", low=1)
     global_ttt_chunk_tokens: int = knob(32768, "lora: tokens in one such step", low=1)
@@ -286,28 +287,26 @@ class PackKnobs:
 
 
 # all systems before this one
-AS_PUBLISHED = dict(num_heads=8, num_kv_heads=4, step_rule="sdclip", weight_coder="sections", train_batch_schedule="")
+AS_PUBLISHED = dict(num_heads=8, num_kv_heads=4, step_rule="sdclip", weight_coder="sections", train_batch_schedule="",
+                    phased_ttt_num_phases=1, phased_ttt_plan="prefix", global_ttt_lr=1e-3)
 
 # The published naive baseline: no tricks, int8 and zlib. Learning rates and momentum as upstream's script has them.
 BASELINE = AS_PUBLISHED | dict(
-    vocab_size=1024, num_layers=9, mlp_mult=2.0, mlp_act="relu2", train_seq_len=1024, eval_seq_len=1024,
-    train_batch_tokens=524288, qk_gain_init=1.5, rope_dims=0, ln_scale=False, xsa_last_n=0, attn_gate="none",
-    smear_gate="none", unet_skips="plain", num_loops=0, parallel_residual="none", doc_isolation=False,
-    matrix_lr=0.04, scalar_lr=0.04, tied_embed_lr=0.05, muon_momentum=0.95, muon_momentum_warmup_start=0.85,
-    muon_momentum_warmup_frac=0.036, muon_coefficients="quintic", muon_row_normalize=False, muon_wd=0.0, embed_wd=0.0,
-    adam_wd=0.0, beta2=0.95, grad_clip_norm=0.0, warmdown_frac=0.087, min_lr=0.0, average="none", quantizer="rtn",
-    matrix_bits=8, embed_bits=8, attn_clip_sigmas=6.0, mlp_clip_sigmas=6.0, embed_clip_sigmas=6.0, compressor="zlib",
-    ttt_enabled=False)
+    vocab_size=1024, num_layers=9, mlp_mult=2.0, mlp_act="relu2", train_seq_len=1024, eval_seq_len=1024, train_batch_tokens=524288,
+    qk_gain_init=1.5, rope_dims=0, ln_scale=False, xsa_last_n=0, attn_gate="none", smear_gate="none", unet_skips="plain", num_loops=0,
+    parallel_residual="none", doc_isolation=False, matrix_lr=0.04, scalar_lr=0.04, tied_embed_lr=0.05, muon_momentum=0.95,
+    muon_momentum_warmup_start=0.85, muon_momentum_warmup_frac=0.036, muon_coefficients="quintic", muon_row_normalize=False, muon_wd=0.0,
+    embed_wd=0.0, adam_wd=0.0, beta2=0.95, grad_clip_norm=0.0, warmdown_frac=0.087, min_lr=0.0, average="none", quantizer="rtn",
+    matrix_bits=8, embed_bits=8, attn_clip_sigmas=6.0, mlp_clip_sigmas=6.0, embed_clip_sigmas=6.0, compressor="zlib", ttt_enabled=False)
 
 # The whole job on two CPU cores in three minutes: every stage of the record at a hundredth of its size.
 SMOKE = dict(
-    data_path="data/datasets/local_sp1024", tokenizer_path="data/tokenizers/local_1024_bpe.model", vocab_size=1024,
-    num_layers=5, model_dim=128, mlp_mult=3.0, xsa_last_n=5, num_loops=1, loop_start=1,
-    loop_end=2, parallel_start_layer=3, train_seq_len=256, eval_seq_len=256, eval_stride=128, train_batch_tokens=4096,
-    pack_tokens=1024, micro_batch_tokens=4096, val_batch_tokens=8192, max_wallclock_seconds=75.0,
-    iterations=600, warmup_steps=1, train_log_every=20, gptq_calibration_batches=8, ttt_chunk_tokens=16384,
-    ttt_epochs=1, ttt_batch_tokens=4096, ttt_chunk_size="64", ttt_lora_rank=16, ttt_lora_alpha=28.8, checkpoint_seconds=30.0,
-    val_docs=150, artifact_max_bytes=400_000, sliding_window_enabled=True)
+    data_path="data/datasets/local_sp1024", tokenizer_path="data/tokenizers/local_1024_bpe.model", vocab_size=1024, num_layers=5,
+    model_dim=128, mlp_mult=3.0, xsa_last_n=5, num_loops=1, loop_start=1, loop_end=2, parallel_start_layer=3, train_seq_len=256,
+    eval_seq_len=256, eval_stride=128, train_batch_tokens=4096, pack_tokens=1024, micro_batch_tokens=4096, val_batch_tokens=8192,
+    max_wallclock_seconds=75.0, iterations=600, warmup_steps=1, train_log_every=20, gptq_calibration_batches=8, ttt_chunk_tokens=16384,
+    ttt_epochs=1, ttt_batch_tokens=4096, ttt_chunk_size="64", ttt_lora_rank=16, ttt_lora_alpha=28.8, checkpoint_seconds=30.0, val_docs=150,
+    phased_ttt_num_phases=2, artifact_max_bytes=400_000, sliding_window_enabled=True)
 
 # The seed systems of the contest, each a table of what differs from the one before it that it grew out of. Counts of steps
 # are turned into fractions of the run by the number of steps that the original logged, and so are the horizons of averages
@@ -337,13 +336,12 @@ PR490 = PR430 | dict(
 PR1880 = NO_EXTRAS | dict(
     mlp_mult=4.0, logit_softcap=15.0, attn_gate="out", smear_gate="post", parallel_residual="one", parallel_start_layer=7,
     loader="coprime", doc_isolation=False, matrix_lr=0.022, muon_momentum=0.99, muon_momentum_warmup_frac=0.337,
-    muon_coefficients="quintic", beta2=0.95, warmdown_frac=0.72, min_lr=0.0, ema_horizon=0.0642, attn_clip_sigmas=12.85, mlp_clip_sigmas=12.85, embed_bits=8,
-    embed_clip_sigmas=20.0, gptq_calibration_batches=64, eval_seq_len=2048, ttt_method="chunk")
+    muon_coefficients="quintic", beta2=0.95, warmdown_frac=0.72, min_lr=0.0, ema_horizon=0.0642, attn_clip_sigmas=12.85,
+    mlp_clip_sigmas=12.85, embed_bits=8, embed_clip_sigmas=20.0, gptq_calibration_batches=64, eval_seq_len=2048, ttt_method="chunk")
 PR1693 = NO_EXTRAS | dict(
     mlp_mult=4.0, attn_gate="out", smear_gate="post", muon_momentum_warmup_frac=0.306, muon_coefficients="quintic", beta2=0.95,
     warmdown_frac=0.75, min_lr=0.0, ema_horizon=0.0583, mlp_clip_sigmas=12.0, embed_clip_sigmas=15.0, eval_seq_len=2048,
-    ttt_lora_sites="qkvomh", ttt_lora_rank=96, ttt_lora_alpha=96.0, ttt_beta2=0.999,
-    ttt_warm_start_a=False, phased_ttt_num_phases=3)
+    ttt_lora_sites="qkvomh", ttt_lora_rank=96, ttt_lora_alpha=96.0, ttt_beta2=0.999, ttt_warm_start_a=False, phased_ttt_num_phases=3)
 PR1855 = NO_EXTRAS | dict(
     mlp_mult=4.0, gated_attn_quant_gate=True, lqer_top_k=3, eval_seq_len=2048, ttt_lora_sites="qkvomh", phased_ttt_num_phases=3)
 PR2135 = AS_PUBLISHED | dict(
@@ -3933,27 +3931,35 @@ def slot_count(spans: np.ndarray, cfg: Config) -> int:
     return cfg.ttt_slots or min(512, max(8, 1 << int(math.log2(max(len(spans) / 40, 1)))))
 
 
-def document_plan(spans: np.ndarray, cfg: Config) -> list[list[Stage]]:
-    """Phases of stages: the one order of all adaptive state, from lengths alone. spans [n, 2]
+class Phase(NamedTuple):
+    """Stages one after the other, and the documents [k, 2] from which the network itself then learns."""
+    stages: list[Stage]
+    learned: np.ndarray
 
-    Longest documents first; the first PHASED_TTT_PREFIX_DOCS of them in PHASED_TTT_NUM_PHASES phases, then the rest.
-    """
+
+def document_plan(spans: np.ndarray, cfg: Config) -> list[Phase]:
+    """The one order of all adaptive state, from lengths alone: longest documents first, in phases (PHASED_TTT_PLAN). spans [n, 2]"""
     lengths, count = spans[:, 1] - spans[:, 0], cfg.phased_ttt_num_phases
-    order = np.argsort(-lengths, kind="stable")
-    prefix = cfg.phased_ttt_prefix_docs or len(spans) // 20
-    cuts = sorted({prefix * (k + 1) // count for k in range(count)} - {0})
-    phases = []
-    for docs in np.split(order, [c for c in cuts if c < len(order)]):
+    order, halving = np.argsort(-lengths, kind="stable"), cfg.phased_ttt_plan == "halving"
+    if halving:
+        # what fits in a window first: it fills all slots evenly, and the longest documents find a network that has learned
+        order, cuts = order[np.argsort(lengths[order] > cfg.eval_seq_len, kind="stable")], {len(spans) >> k + 1 for k in range(count)}
+    else:
+        cuts = {(cfg.phased_ttt_prefix_docs or len(spans) // 20) * (k + 1) // count for k in range(count)}
+    phases, ends = [], [*sorted(c for c in cuts if 0 < c < len(order)), len(order)]
+    for begin, end in zip([0, *ends], ends):
+        docs = order[begin:end]
         lows = [0] + [limit for limit, _ in cfg.ttt_chunks]
         classes = [(chunk, docs[(lengths[docs] > low) & (lengths[docs] <= limit)]) for low, (limit, chunk) in zip(lows, cfg.ttt_chunks)]
         # documents of a class in stream order: the schedule breaks ties by it
-        phases.append([Stage(chunk, slot_schedule(spans[np.sort(d)], slot_count(spans, cfg), chunk)) for chunk, d in classes[::-1] if len(d)])
+        stages = [Stage(chunk, slot_schedule(spans[np.sort(d)], slot_count(spans, cfg), chunk)) for chunk, d in classes[::-1] if len(d)]
+        phases.append(Phase(stages, spans[docs if halving else order[:end]]))
     return phases
 
 
-def planned_moments(plan: list[list[Stage]], targets: int) -> np.ndarray:
+def planned_moments(plan: list[Phase], targets: int) -> np.ndarray:
     """The moment at which each target is to be scored: [N]."""
-    when, steps = np.full(targets, -1, np.int32), [step for phase in plan for stage in phase for step in stage.steps]
+    when, steps = np.full(targets, -1, np.int32), [step for phase in plan for stage in phase.stages for step in stage.steps]
     for moment, step in enumerate(steps):
         for a, b in zip(step.begin, step.end):
             when[a:b] = moment
@@ -4138,15 +4144,12 @@ class DocumentScorer:
         self.slots.learn(grad, learns)
         return sample
 
-    def learn_globally(self, adapter: Adapter, give_up: Callable[[], bool]) -> bool:
-        """Train the network itself on all documents scored so far, longest first: one epoch with a cosine (PR #1610).
+    def learn_globally(self, adapter: Adapter, spans: np.ndarray, give_up: Callable[[], bool]) -> bool:
+        """Train the network itself on scored documents [k, 2], one after the other, with a cosine (PR #1610).
 
         False when time is up.
         """
-        cfg, spans = adapter.cfg, self.val.sequences
-        spans = spans[self.scorer.ledger.when[spans[:, 1] - 1] >= 0]  # documents whose last token has its score
-        spans = spans[np.argsort(spans[:, 0] - spans[:, 1], kind="stable")]
-        adapter.order = positions(*spans.T)  # all phases so far, again
+        cfg, adapter.order = adapter.cfg, positions(*spans.T)
         starts = range(0, len(adapter.order), cfg.ttt_chunk_tokens)
         # some hundred steps do not pay for compiling another shape
         with torch.compiler.set_stance("force_eager"), deterministic(cfg):
@@ -4205,9 +4208,9 @@ def score_documents(model: GPT, val: ValidationSet, cfg: Config, run: Run, reser
     with Adapter(model, val, globally, run, scorer.scorer.ledger) as adapter:
         for i, phase in enumerate(scorer.plan):
             with frozen(model, scorer.copies):
-                going = all(scorer.run_stage(stage, give_up) for stage in phase)
+                going = all(scorer.run_stage(stage, give_up) for stage in phase.stages)
             if going and i + 1 < len(scorer.plan):
-                going = scorer.learn_globally(adapter, give_up)
+                going = scorer.learn_globally(adapter, phase.learned, give_up)
             if not going:
                 break
         if (scorer.scorer.ledger.when < 0).any():
@@ -4242,7 +4245,8 @@ def random_documents(val: ValidationSet, cfg: Config, world: int) -> tuple[Valid
     other.tokens = rng.integers(2, cfg.vocab_size, other.targets + 1).astype(np.uint16)
     other.tokens[other.starts] = BOS
     other.bytes = np.ones(other.targets, np.int64)
-    return other, dataclasses.replace(cfg, ttt_slots=slots, phased_ttt_prefix_docs=max(world, cfg.phased_ttt_num_phases))
+    phases = min(cfg.phased_ttt_num_phases, 1)  # learned from by all ranks
+    return other, dataclasses.replace(cfg, ttt_slots=slots, phased_ttt_plan="prefix", phased_ttt_prefix_docs=world, phased_ttt_num_phases=phases)
 
 
 def passes(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> dict[str, tuple[str, Callable]]:

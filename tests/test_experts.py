@@ -262,7 +262,7 @@ def test_letters_of_the_mixer_are_checked():
 
 def test_phases_move_the_network_and_put_it_back(tmp_path):
     """After the first documents the network learns from them; the others' scores change, the weights come back."""
-    knobs = dict(TTT_METHOD="lora", PHASED_TTT_PREFIX_DOCS=4, GLOBAL_TTT_CHUNK_TOKENS=64, GLOBAL_TTT_LR=0.05)
+    knobs = dict(TTT_METHOD="lora", PHASED_TTT_PLAN="prefix", PHASED_TTT_PREFIX_DOCS=4, GLOBAL_TTT_CHUNK_TOKENS=64, GLOBAL_TTT_LR=0.05)
     model, cfg, run = build(tmp_path, PHASED_TTT_NUM_PHASES=2, **knobs)
     still = config(**{**SHAPE, **knobs, "GLOBAL_TTT_LR": 0, "PHASED_TTT_NUM_PHASES": 2})
     before = [p.detach().clone() for p in model.parameters()]

@@ -9,7 +9,8 @@ from conftest import config, make_run, trainer
 tg = trainer()
 SHAPE = dict(NUM_LAYERS=2, MODEL_DIM=32, NUM_HEADS=2, NUM_KV_HEADS=1, VOCAB_SIZE=64, XSA_LAST_N=2, NUM_LOOPS=0,
              PARALLEL_START_LAYER=1, EVAL_SEQ_LEN=64, EVAL_STRIDE=32, TRAIN_SEQ_LEN=64, TTT_SLOTS=3, TTT_LORA_RANK=4,
-             TTT_LORA_ALPHA=8, TTT_LORA_LR=0.02, TTT_CHUNK_SIZE="20:4,8", TTT_ASYM_LOGIT=0, VAL_BATCH_TOKENS=128)
+             TTT_LORA_ALPHA=8, TTT_LORA_LR=0.02, TTT_CHUNK_SIZE="20:4,8", TTT_ASYM_LOGIT=0, VAL_BATCH_TOKENS=128,
+             PHASED_TTT_NUM_PHASES=0)
 LENGTHS = (50, 7, 33, 61, 18, 1, 40, 64)  # none longer than a window, so that recomputing it is exact
 
 
@@ -99,7 +100,7 @@ def step_by_step(model, cfg, run, docs, slot):
 
 def steps_of(plan):
     """(chunk, step) of a plan, one after the other."""
-    return [(stage.chunk, step) for phase in plan for stage in phase for step in stage.steps]
+    return [(stage.chunk, step) for phase in plan for stage in phase.stages for step in stage.steps]
 
 
 def plain_decoder(model, cfg, docs):
@@ -174,7 +175,7 @@ def test_a_document_never_sees_another(tmp_path):
     for d in (docs, other):
         scorer = tg.DocumentScorer(model, d, cfg, run)
         for phase in scorer.plan:
-            for stage in phase:
+            for stage in phase.stages:
                 assert scorer.run_stage(stage, lambda: False)
         scores.append(scorer.nll[:-1])
     changed = (scores[0] != scores[1]).nonzero().flatten()
@@ -235,7 +236,7 @@ def test_the_phase_between_stops_when_time_is_up(tmp_path):
         scorer.scorer.ledger.when[:] = 0
         with tg.Adapter(model, docs, cfg, run, scorer.scorer.ledger) as adapter:
             before = [p.detach().clone() for p in model.parameters()]
-            ended = scorer.learn_globally(adapter, lambda: asked.append(0) or len(asked) > allowed)
+            ended = scorer.learn_globally(adapter, docs.sequences, lambda: asked.append(0) or len(asked) > allowed)
             moved[allowed] = sum(float((a - b.detach()).norm()) for a, b in zip(before, model.parameters()))
         assert ended == (allowed == 99) and len(asked) == (math.ceil(docs.targets / 16) if ended else allowed + 1)
     assert 0 == moved[0] < moved[1] < moved[99]

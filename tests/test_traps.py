@@ -133,8 +133,8 @@ def test_compiling_for_the_evaluation_meets_every_shape_on_every_rank(world):
     made, knobs = tg.random_documents(val, cfg, world)
     real, warm = (tg.document_plan(v.sequences, c) for v, c in ((val, cfg), (made, knobs)))
     assert len(warm) == 2 and sum(b - a for a, b in made.sequences[:world]) >= world * cfg.eval_seq_len  # a phase between
-    assert {stage.chunk for phase in warm for stage in phase} == {2, 4, 8} >= {stage.chunk for phase in real for stage in phase}
-    for stage in warm[1]:
+    assert {stage.chunk for phase in warm for stage in phase.stages} == {2, 4, 8} >= {stage.chunk for phase in real for stage in phase.stages}
+    for stage in warm[1].stages:
         assert all((step.end > step.begin).all() and len(step.begin) == 8 for step in stage.steps[:2])
 
 
@@ -174,12 +174,26 @@ def test_a_pass_is_left_out_by_its_own_knob_only(sliding, adapting):
 
 def test_the_network_learns_from_the_longest_documents_too(tmp_path, monkeypatch):
     """PR #1693 cut each phase's documents, sorted by length, at a round number: the longest fell out, how many by chance."""
-    model, cfg, run = build(tmp_path, PHASED_TTT_NUM_PHASES=2, PHASED_TTT_PREFIX_DOCS=4, GLOBAL_TTT_CHUNK_TOKENS=64)
+    model, cfg, run = build(tmp_path, PHASED_TTT_PLAN="prefix", PHASED_TTT_NUM_PHASES=2, PHASED_TTT_PREFIX_DOCS=4, GLOBAL_TTT_CHUNK_TOKENS=64)
     docs, learned, learn = Documents(), [], tg.Adapter.learn
     monkeypatch.setattr(tg.Adapter, "learn", lambda self, a, b, lr: (learned.extend(self.order[a:b]), learn(self, a, b, lr)))
     tg.score_documents(model, docs, cfg, run, 0.0)
     longest = sorted(docs.sequences.tolist(), key=lambda span: span[0] - span[1])
     assert learned == [i for phase in (2, 4) for a, b in longest[:phase] for i in range(a, b)]
+
+
+def test_each_half_is_learned_once_and_the_longest_come_last(tmp_path, monkeypatch):
+    """PHASED_TTT_PLAN=halving: 8 documents, of which two are longer than a window; learned from after 2 and after 4 of them."""
+    model, cfg, run = build(tmp_path, PHASED_TTT_NUM_PHASES=2, GLOBAL_TTT_CHUNK_TOKENS=64, EVAL_SEQ_LEN=50, EVAL_STRIDE=25)
+    docs, learned, learn = Documents(), [], tg.Adapter.learn
+    monkeypatch.setattr(tg.Adapter, "learn", lambda self, a, b, lr: (learned.extend(self.order[a:b]), learn(self, a, b, lr)))
+    when = tg.planned_moments(tg.document_plan(docs.sequences, cfg), docs.targets)
+    tg.score_documents(model, docs, cfg, run, 0.0)
+    ordered = [docs.sequences[i].tolist() for i in (0, 6, 2, 4, 1, 5, 7, 3)]  # lengths 50, 40, 33, 18, 7, 1; 64, 61
+    assert learned == [i for a, b in ordered[:4] for i in range(a, b)]
+    phases = [[when[a:b].tolist() for a, b in group] for group in (ordered[:2], ordered[2:4], ordered[4:])]
+    first, last = ([f(min(m) if f is min else max(m) for m in phase) for phase in phases] for f in (min, max))
+    assert last[0] < first[1] and last[1] < first[2]
 
 
 def test_case_operators_stand_for_no_bytes(tmp_path, monkeypatch):

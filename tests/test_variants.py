@@ -131,7 +131,7 @@ CHOICES = [
     {"TTT_METHOD": "chunk", "TTT_OPTIMIZER": "adamw", "TTT_PARAMS": "last", "TTT_POLYAK": 0.9, "TTT_BYTE_WEIGHTED": 1},
     {"TTT_METHOD": "chunk", "TTT_PARAMS": "control"}, {"TTT_CACHE": "recompute"}, {"TTT_ASYM_LOGIT": 0},
     {"TTT_LORA_SITES": "qkvomh"}, {"TTT_WARM_START_A": 0}, {"TTT_BETA1": 0.9}, {"PHASED_TTT_NUM_PHASES": 0},
-    {"PHASED_TTT_NUM_PHASES": 3}, {"MIXER": "ubtp"}, {"MIXER": "p", "TTT_METHOD": "none"}, {"NGRAM_TILT_BOOST": 0},
+    {"PHASED_TTT_NUM_PHASES": 3, "PHASED_TTT_PLAN": "prefix"}, {"MIXER": "ubtp"}, {"MIXER": "p", "TTT_METHOD": "none"}, {"NGRAM_TILT_BOOST": 0},
     {"SLIDING_WINDOW_ENABLED": 1}, {"DOC_LOSSES": 1}]
 
 
