@@ -2227,8 +2227,8 @@ def compile_model(model: GPT, cfg: Config, run: Run) -> None:
     """
     how = cfg.compile_scope if cfg.compile_scope != "auto" else ("block" if run.gpu else "none")
     torch._dynamo.config.recompile_limit = 64  # training, scoring and adaptation each have their own few variants
-    if how != "none":
-        # a block's parameters are inputs: layers share the graph
+    if how == "block":
+        # parameters are inputs: layers share the graph
         model.run = torch.compile(call, dynamic=False, fullgraph=True, options=INDUCTOR)
         model.renew = torch.compile(renew_rows, dynamic=True)
     run.log(f"compile:{how}")
@@ -3938,7 +3938,7 @@ class Phase(NamedTuple):
 
 
 def document_plan(spans: np.ndarray, cfg: Config) -> list[Phase]:
-    """The one order of all adaptive state, from lengths alone: longest documents first, in phases (PHASED_TTT_PLAN). spans [n, 2]"""
+    """The one order of all adaptive state, from lengths alone: PHASED_TTT_PLAN's phases, longest documents first. spans [n, 2]"""
     lengths, count = spans[:, 1] - spans[:, 0], cfg.phased_ttt_num_phases
     order, halving = np.argsort(-lengths, kind="stable"), cfg.phased_ttt_plan == "halving"
     if halving:

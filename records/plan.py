@@ -30,12 +30,15 @@ class Planned(Exception):
     """The inductor has made its plan; nothing of it is to be compiled."""
 
 
-def trace(step, state: dict, inputs: tuple) -> list:
-    """[(graph, its inputs, whether it is the backward one)] of step(state, *inputs), a list of outputs, on fake CPU tensors."""
+def trace(tg, cfg, layer: int, tokens: int) -> list:
+    """[(graph, inputs, whether it is the backward one)] of a block in training, on fake CPU tensors."""
     from torch._functorch.aot_autograd import aot_function, make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor import compile_fx
     from torch._inductor.decomposition import select_decomp_table
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    block = tg.Block(cfg, layer, tg.Kernels(tg.attention_fa4, mlp=tg.mlp_fused))
+    lanes = cfg.parallel_residual == "two" and layer >= cfg.parallel_start_layer
     graphs = []
 
     def partition(graph, inputs, **more):
@@ -48,40 +51,25 @@ def trace(step, state: dict, inputs: tuple) -> list:
             return make_boxed_func(graph.forward)
         return compiler
 
-    traced = aot_function(step, fw_compiler=keep(False), bw_compiler=keep(True), partition_fn=partition,
-                          decompositions=select_decomp_table(), keep_inference_input_mutations=True)
-    out = traced(state, *inputs)
-    torch.autograd.backward(out, [torch.empty_like(y) for y in out])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        state = {n: torch.empty(p.shape, dtype=p.dtype, requires_grad=p.requires_grad)
+                 for n, p in [*block.named_parameters(), *block.named_buffers()]}
+        rows = [torch.empty(tokens, cfg.model_dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(2 + lanes)]
+        mix = [torch.empty(2, requires_grad=True), torch.empty(2, 2, requires_grad=True)] if lanes else []
+        rope, cu = [torch.empty(tokens, 1, cfg.rotary_dims) for _ in "cs"], torch.empty(65, dtype=torch.int32)
+        wide = cfg.num_kv_heads * cfg.head_dim
+        values = [torch.empty(tokens, *shape, dtype=torch.bfloat16, requires_grad=True)  # read only where a knob says so
+                  for shape in ((cfg.num_kv_heads, cfg.head_dim), (wide,))]
+
+        def step(state, rows, values, mix, rope, cu):
+            x, x0, *lane = rows
+            args = x, lane[0] if lane else None, x0, tg.OtherValues(*values), tuple(rope), cu, cfg.train_seq_len, mix or None
+            return [y for y in torch.func.functional_call(block, state, args)[:2] if y is not None]
+        traced = aot_function(step, fw_compiler=keep(False), bw_compiler=keep(True), partition_fn=partition,
+                              decompositions=select_decomp_table(), keep_inference_input_mutations=True)
+        out = traced(state, rows, values, mix, rope, cu)
+        torch.autograd.backward(out, [torch.empty_like(y) for y in out])
     return graphs
-
-
-def empty_state(module) -> dict:
-    """The module's parameters and buffers as fake tensors."""
-    return {n: torch.empty(p.shape, dtype=p.dtype, requires_grad=p.requires_grad)
-            for n, p in [*module.named_parameters(), *module.named_buffers()]}
-
-
-def stream(cfg, tokens: int):
-    """A row of the residual stream."""
-    return torch.empty(tokens, cfg.model_dim, dtype=torch.bfloat16, requires_grad=True)
-
-
-def block_graphs(tg, cfg, layer: int, tokens: int) -> list:
-    """A block in training."""
-    block = tg.Block(cfg, layer, tg.Kernels(tg.attention_fa4, mlp=tg.mlp_fused))
-    lanes = cfg.parallel_residual == "two" and layer >= cfg.parallel_start_layer
-    rows = [stream(cfg, tokens) for _ in range(2 + lanes)]
-    mix = [torch.empty(2, requires_grad=True), torch.empty(2, 2, requires_grad=True)] if lanes else []
-    rope, cu = [torch.empty(tokens, 1, cfg.rotary_dims) for _ in "cs"], torch.empty(65, dtype=torch.int32)
-    wide = cfg.num_kv_heads * cfg.head_dim
-    values = [torch.empty(tokens, *shape, dtype=torch.bfloat16, requires_grad=True)  # read only where a knob says so
-              for shape in ((cfg.num_kv_heads, cfg.head_dim), (wide,))]
-
-    def step(state, rows, values, mix, rope, cu):
-        x, x0, *lane = rows
-        args = x, lane[0] if lane else None, x0, tg.OtherValues(*values), tuple(rope), cu, cfg.train_seq_len, mix or None
-        return [y for y in torch.func.functional_call(block, state, args)[:2] if y is not None]
-    return trace(step, empty_state(block), (rows, values, mix, rope, cu))
 
 
 @contextlib.contextmanager
@@ -183,10 +171,7 @@ def main() -> None:
     settings = getattr(tg, "INDUCTOR", {}) | dict(args.set)
     row, total = 2 * cfg.model_dim * args.tokens, {"fused": 0.0, "opaque": 0.0}
     with pretended_gpu():  # from the start: what torch finds out about its surroundings it remembers
-        from torch._subclasses.fake_tensor import FakeTensorMode
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            graphs = block_graphs(tg, cfg, args.layer, args.tokens)
-        for graph, inputs, backward in graphs:
+        for graph, inputs, backward in trace(tg, cfg, args.layer, args.tokens):
             kernels = moved(graph, inputs, backward, settings)
             print(f"{'backward' if backward else 'forward'}: {len(kernels)} kernels, {sum(b for *_, b in kernels) / row:.1f} passes")
             for kind, operations, size in kernels:
