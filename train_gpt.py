@@ -249,7 +249,7 @@ class PackKnobs:
                            "the counts of n-gram experts", ("none", "chunk", "lora"))
     ttt_slots: int = knob(0, "lora: documents side by side over all ranks (scores depend on it, not on the ranks); 0: one for "
                           "every 40 documents, 8 to 512", low=0)
-    ttt_chunk_size: str = knob("48", "lora: tokens scored before each step, as longest-document:tokens, ..., rest")
+    ttt_chunk_size: int = knob(48, "lora: tokens of a document that are scored before each step", low=1)
     ttt_lora_sites: str = knob("omh", "lora: where adapters act: q, k, v, o, m (MLP), h (head)")
     ttt_lora_rank: int = knob(80, "lora: rank", low=1)
     ttt_lora_alpha: float = knob(144.0, "lora: output scale times rank", low=0)
@@ -277,7 +277,7 @@ class PackKnobs:
     global_ttt_lr: float = knob(0.01, "lora: SGD step of the network itself; falls with a cosine", low=0)
     global_ttt_momentum: float = knob(0.9, "lora: its momentum", low=0, high=1)
     global_ttt_epochs: int = knob(1, "lora: passes over each chunk of scored documents", low=1)
-    global_ttt_chunk_tokens: int = knob(32768, "lora: tokens in one such step", low=1)
+    global_ttt_chunk_tokens: int = knob(16384, "lora: tokens in one such step", low=1)
     ngram_tilt_boost: float = knob(2.625, "added to the logit of the token that counting expects, renormalised; 0: no tilt", low=0)
     ngram_tilt_order: int = knob(16, "tokens of context that must agree (PR #2130: 8 is far worse)", low=1)
     ngram_tilt_threshold: float = knob(0.8, "share of the context's earlier occurrences that the token must have", low=0, high=1)
@@ -288,7 +288,7 @@ class PackKnobs:
 
 # all systems before this one
 AS_PUBLISHED = dict(num_heads=8, num_kv_heads=4, step_rule="sdclip", weight_coder="sections", train_batch_schedule="",
-                    phased_ttt_num_phases=1, phased_ttt_plan="prefix", global_ttt_lr=1e-3)
+                    phased_ttt_num_phases=1, phased_ttt_plan="prefix", global_ttt_lr=1e-3, global_ttt_chunk_tokens=32768)
 
 # The published naive baseline: no tricks, int8 and zlib. Learning rates and momentum as upstream's script has them.
 BASELINE = AS_PUBLISHED | dict(
@@ -305,7 +305,7 @@ SMOKE = dict(
     model_dim=128, mlp_mult=3.0, xsa_last_n=5, num_loops=1, loop_start=1, loop_end=2, parallel_start_layer=3, train_seq_len=256,
     eval_seq_len=256, eval_stride=128, train_batch_tokens=4096, pack_tokens=1024, micro_batch_tokens=4096, val_batch_tokens=8192,
     max_wallclock_seconds=75.0, iterations=600, warmup_steps=1, train_log_every=20, gptq_calibration_batches=8, ttt_chunk_tokens=16384,
-    ttt_epochs=1, ttt_batch_tokens=4096, ttt_chunk_size="64", ttt_lora_rank=16, ttt_lora_alpha=28.8, checkpoint_seconds=30.0, val_docs=150,
+    ttt_epochs=1, ttt_batch_tokens=4096, ttt_chunk_size=64, ttt_lora_rank=16, ttt_lora_alpha=28.8, checkpoint_seconds=30.0, val_docs=150,
     phased_ttt_num_phases=2, artifact_max_bytes=400_000, sliding_window_enabled=True)
 
 # The seed systems of the contest, each a table of what differs from the one before it that it grew out of. Counts of steps
@@ -434,19 +434,6 @@ class Config(PackKnobs, OptimKnobs, ModelKnobs, DataKnobs, RunKnobs):
         return self.train_batch_tokens // self.pack_tokens
 
     @property
-    def ttt_chunks(self) -> list[tuple[float, int]]:
-        """[(longest document, chunk)], the last for all longer ones; ConfigError if TTT_CHUNK_SIZE does not say that."""
-        wrong = ConfigError(f"TTT_CHUNK_SIZE={self.ttt_chunk_size}: rising 'longest:tokens' pairs and a last size, "
-                            "like 256:16,2000:32,48")
-        if not re.fullmatch(r"(\d+:\d+,)*\d+", self.ttt_chunk_size):
-            raise wrong
-        *pairs, last = self.ttt_chunk_size.split(",")
-        rows = [tuple(map(int, pair.split(":"))) for pair in pairs] + [(math.inf, int(last))]
-        if rows != sorted(rows) or not all(size for _, size in rows):
-            raise wrong
-        return rows
-
-    @property
     def seq_limits(self) -> list[tuple[float, int]]:
         """[(fraction of the run at which it ends, longest segment)], the last TRAIN_SEQ_LEN; ConfigError if it says no such thing."""
         return read_stages("TRAIN_SEQ_SCHEDULE", self.train_seq_schedule, 2, self.train_seq_len, "1024:0.35")
@@ -570,8 +557,8 @@ def validate(cfg: Config, world: int) -> None:
          f"no layer runs side by side; PARALLEL_RESIDUAL=none says that, or take one below {d.num_layers}"),
         (d.eval_stride <= d.eval_seq_len, "EVAL_STRIDE", f"at most EVAL_SEQ_LEN={d.eval_seq_len}, else tokens are skipped"),
         (d.eval_seq_len <= d.val_batch_tokens, "VAL_BATCH_TOKENS", f"must hold one window of EVAL_SEQ_LEN={d.eval_seq_len}"),
+        (d.phased_ttt_plan == "prefix" or not d.phased_ttt_prefix_docs, "PHASED_TTT_PREFIX_DOCS", "only PHASED_TTT_PLAN=prefix counts them"),
         (set(d.ttt_lora_sites) <= set("qkvomh"), "TTT_LORA_SITES", "letters of q k v o m h"),
-        (bool(d.ttt_chunks), "TTT_CHUNK_SIZE", "must not be empty"),
         (d.logit_softcap > 0 or not d.ttt_asym_logit, "TTT_ASYM_LOGIT", "adapts softcaps, but LOGIT_SOFTCAP=0: set it to 0 too"),
         (d.step_rule != "trellis" or d.weight_coder == "range", "STEP_RULE", "only WEIGHT_CODER=range knows a trellis; fisher without"),
         (set(d.mixer) <= set("ubtp") and len(set(d.mixer)) == len(d.mixer), "MIXER", "letters of u b t p, each once"),
@@ -3920,20 +3907,14 @@ def slot_schedule(spans: np.ndarray, slots: int, chunk: int) -> list[Step]:
     return [Step(*table[:, t]) for t in range(steps)]
 
 
-class Stage(NamedTuple):
-    """Documents of one chunk size, in lock step."""
-    chunk: int
-    steps: list[Step]
-
-
 def slot_count(spans: np.ndarray, cfg: Config) -> int:
     """TTT_SLOTS, or a power of two near one slot for 40 documents: few enough that A warms up, enough to fill 8 GPUs."""
     return cfg.ttt_slots or min(512, max(8, 1 << int(math.log2(max(len(spans) / 40, 1)))))
 
 
 class Phase(NamedTuple):
-    """Stages one after the other, and the documents [k, 2] from which the network itself then learns."""
-    stages: list[Stage]
+    """Lock steps one after the other, and the documents [k, 2] from which the network itself then learns."""
+    steps: list[Step]
     learned: np.ndarray
 
 
@@ -3949,17 +3930,15 @@ def document_plan(spans: np.ndarray, cfg: Config) -> list[Phase]:
     phases, ends = [], [*sorted(c for c in cuts if 0 < c < len(order)), len(order)]
     for begin, end in zip([0, *ends], ends):
         docs = order[begin:end]
-        lows = [0] + [limit for limit, _ in cfg.ttt_chunks]
-        classes = [(chunk, docs[(lengths[docs] > low) & (lengths[docs] <= limit)]) for low, (limit, chunk) in zip(lows, cfg.ttt_chunks)]
-        # documents of a class in stream order: the schedule breaks ties by it
-        stages = [Stage(chunk, slot_schedule(spans[np.sort(d)], slot_count(spans, cfg), chunk)) for chunk, d in classes[::-1] if len(d)]
-        phases.append(Phase(stages, spans[docs if halving else order[:end]]))
+        # in stream order: the schedule breaks ties by it
+        steps = slot_schedule(spans[np.sort(docs)], slot_count(spans, cfg), cfg.ttt_chunk_size)
+        phases.append(Phase(steps, spans[docs if halving else order[:end]]))
     return phases
 
 
 def planned_moments(plan: list[Phase], targets: int) -> np.ndarray:
     """The moment at which each target is to be scored: [N]."""
-    when, steps = np.full(targets, -1, np.int32), [step for phase in plan for stage in phase.stages for step in stage.steps]
+    when, steps = np.full(targets, -1, np.int32), [step for phase in plan for step in phase.steps]
     for moment, step in enumerate(steps):
         for a, b in zip(step.begin, step.end):
             when[a:b] = moment
@@ -4067,18 +4046,17 @@ class DocumentScorer:
         self.lead = 3  # a smear looks back one token, and that one's triple hash two more
         self.done, self.units, self.pool = 0, {}, torch.cuda.graph_pool_handle() if run.gpu else None
 
-    def run_stage(self, stage: Stage, give_up: Callable[[], bool]) -> bool:
-        """All documents of one chunk size; False when time is up."""
-        for t, step in enumerate(stage.steps):
+    def run_steps(self, steps: list[Step], give_up: Callable[[], bool]) -> bool:
+        """All documents of a phase; False when time is up."""
+        for t, step in enumerate(steps):
             if t % 16 == 0 and give_up():
                 return False
             busy = step.end > step.begin
             self.book(step, busy)
-            self.step(Step(*(x[self.mine] for x in step)), stage.chunk, sample=t % 16 == 0)
+            self.step(Step(*(x[self.mine] for x in step)), sample=t % 16 == 0)
             self.done += int((step.end - step.begin).sum())
             if t % 16 == 15:
-                what = f"ttt_lora chunk:{stage.chunk} step:{t + 1}/{len(stage.steps)} slots:{int(busy.sum())}"
-                self.scorer.report(self.done, what, self.nll[:-1])
+                self.scorer.report(self.done, f"ttt_lora step:{t + 1}/{len(steps)} slots:{int(busy.sum())}", self.nll[:-1])
         return True
 
     def book(self, step: Step, busy: np.ndarray) -> None:
@@ -4090,29 +4068,29 @@ class DocumentScorer:
         learns = busy & step.more.astype(bool)
         self.scorer.ledger.learn(step.begin[learns], step.end[learns])
 
-    def step(self, step: Step, chunk: int, sample: bool = False) -> None:
+    def step(self, step: Step, sample: bool = False) -> None:
         """Score one chunk a slot and learn from it; idle slots at the end are left out."""
         busy = int(np.count_nonzero(step.end > step.begin))
         if not busy:
             return
         n = min(self.count, max(8, 1 << (busy - 1).bit_length()))  # few batch sizes: each is recorded once
-        if (n, chunk) not in self.units:  # a recorded step is good for one shape
+        if n not in self.units:  # a recorded step is good for one shape
             inputs = torch.zeros(4, n, dtype=torch.int64, device=self.run.device)
-            self.units[n, chunk] = inputs, Replay(functools.partial(self.advance, inputs, chunk), self.pool)
+            self.units[n] = inputs, Replay(functools.partial(self.advance, inputs), self.pool)
         fresh = np.flatnonzero((step.begin == step.doc) & (step.end > step.begin))
         if len(fresh):  # not in what is recorded: few rows of many
             self.slots.begin(*self.run.place([torch.from_numpy(fresh)]))
-        inputs, unit = self.units[n, chunk]
+        inputs, unit = self.units[n]
         inputs.copy_(*self.run.place([torch.from_numpy(np.stack([x[:n] for x in step]))]))
         logits, target, nats = unit()
         if sample:  # slot 0's whole distributions, adapters included, by the uncompiled head
             real = int(step.end[0] - step.begin[0])
             self.scorer.ledger.check_mass(logits[:real], target[:real], nats[:real])
 
-    def advance(self, inputs: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    def advance(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The device's part of a step, without a look at the host: score, then learn. -> slot 0's logits, targets, nats"""
         doc, begin, end, more = inputs[..., None].unbind()
-        n, keep = len(doc), self.cfg.ttt_cache == "keep"
+        n, chunk, keep = len(doc), self.cfg.ttt_chunk_size, self.cfg.ttt_cache == "keep"
         # rows: lead tokens, then the chunk; recomputing puts the whole window before it
         back = 0 if keep else self.cfg.eval_seq_len - chunk
         index = begin + torch.arange(-self.lead - back, chunk, device=self.run.device)
@@ -4197,7 +4175,7 @@ def frozen(model: GPT, copies: list[Tensor]):
 def score_documents(model: GPT, val: ValidationSet, cfg: Config, run: Run, reserve: float) -> Score:
     """Score-first test-time training with adapters of each document's own (PR #1530; cached past: here).
 
-    Phases of stages of lock steps, as document_plan orders them; between phases the network itself learns from what was
+    Phases of lock steps, as document_plan orders them; between phases the network itself learns from what was
     scored. `reserve`: seconds kept free of EVAL_WALLCLOCK_SECONDS for scoring the rest without adaptation.
     """
     scorer = DocumentScorer(model, val, cfg, run)
@@ -4208,7 +4186,7 @@ def score_documents(model: GPT, val: ValidationSet, cfg: Config, run: Run, reser
     with Adapter(model, val, globally, run, scorer.scorer.ledger) as adapter:
         for i, phase in enumerate(scorer.plan):
             with frozen(model, scorer.copies):
-                going = all(scorer.run_stage(stage, give_up) for stage in phase.stages)
+                going = scorer.run_steps(phase.steps, give_up)
             if going and i + 1 < len(scorer.plan):
                 going = scorer.learn_globally(adapter, phase.learned, give_up)
             if not going:
@@ -4232,11 +4210,11 @@ def deterministic(cfg: Config, wanted: bool = True):
 
 def random_documents(val: ValidationSet, cfg: Config, world: int) -> tuple[ValidationSet, Config]:
     """Random tokens shaped like a validation set, and the knobs to score them with: a row for every rank to learn from
-    between phases, documents of every chunk size in every slot of the real set, and enough tokens to learn from twice."""
-    lows, slots = [0] + [limit for limit, _ in cfg.ttt_chunks], slot_count(val.sequences, cfg)
+    between phases, two chunks in every slot of the real set, and enough tokens to learn from twice."""
+    slots = slot_count(val.sequences, cfg)
     lengths = [cfg.eval_seq_len + 100] * world
     if cfg.ttt_enabled and cfg.ttt_method == "lora":
-        lengths += [min(low + 2 * chunk, limit) for low, (limit, chunk) in zip(lows, cfg.ttt_chunks)] * slots
+        lengths += [2 * cfg.ttt_chunk_size] * slots
     if cfg.ttt_enabled and cfg.ttt_method == "chunk":
         lengths += [cfg.eval_seq_len] * (1 + 2 * cfg.ttt_chunk_tokens // cfg.eval_seq_len)
     rng, other = np.random.Generator(np.random.PCG64(0)), copy.copy(val)
@@ -4543,9 +4521,11 @@ def restore_config(env: dict, stored: dict, path: Path) -> Config:
     # what belongs to that run's files, not to its recipe
     own = {k: v for k, v in stored.items() if k not in ("mode", "run_id", "artifact_dir", "artifact", "checkpoint", "track")}
     own = {k: v for k, v in own.items() if k not in REMOVED or v != REMOVED[k]}
-    known = {f.name for f in dataclasses.fields(Config)}
-    if own.keys() - known:
-        raise SystemExit(f"{path}: made with knobs that are unknown here: {', '.join(sorted(own.keys() - known))}")
+    known = {f.name: f for f in dataclasses.fields(Config)}
+    if own.keys() - known.keys():
+        raise SystemExit(f"{path}: made with knobs that are unknown here: {', '.join(sorted(own.keys() - known.keys()))}")
+    # what was text then may be a number now
+    own = {k: parse_value(known[k], v) if isinstance(v, str) and k.upper() not in env else v for k, v in own.items()}
     cfg = read_config(env, own)
     now = cfg.as_dict()
     for name in (f.name for f in dataclasses.fields(ModelKnobs)):

@@ -67,8 +67,8 @@ RULES = [  # (knobs on top of the smoke preset, the knob that is named, a piece 
     ({"EVAL_STRIDE": 257}, "EVAL_STRIDE", "EVAL_SEQ_LEN=256"),
     ({"VAL_BATCH_TOKENS": 255}, "VAL_BATCH_TOKENS", "EVAL_SEQ_LEN=256"),
     ({"TTT_LORA_SITES": "qx"}, "TTT_LORA_SITES", "letters"),
+    ({"PHASED_TTT_PREFIX_DOCS": 5}, "PHASED_TTT_PREFIX_DOCS", "only PHASED_TTT_PLAN=prefix"),
     *(({"TRAIN_SEQ_SCHEDULE": text}, "TRAIN_SEQ_SCHEDULE", "pairs") for text in ("128", "128:1", "256:.5", "1:.5", "64:.5,128:.5")),
-    ({"TTT_CHUNK_SIZE": "8,"}, "TTT_CHUNK_SIZE", "pairs"),
     ({"LOGIT_SOFTCAP": 0}, "TTT_ASYM_LOGIT", "LOGIT_SOFTCAP=0"), ({"TRIGRAM_VOCAB_SIZE": 1}, "TRIGRAM_VOCAB_SIZE", "at least 2"),
     ({"VE_LAYERS": "7"}, "VE_LAYERS", "NUM_LAYERS=5"), ({"X0_RESIDUAL": 1}, "X0_RESIDUAL", "two lanes"),
     ({"MIXER": "uu"}, "MIXER", "each once"),
@@ -355,3 +355,13 @@ def test_artifacts_of_earlier_versions_are_read_where_a_removed_knob_was_off():
     for name, value in {"muon_beta2": 0.95, "attn_window": "512:1", "not_known_to_anyone": 0}.items():
         with pytest.raises(SystemExit, match=f"old.artifact: made with knobs that are unknown here: {name}$"):
             tg.restore_config({}, {**stored, name: value}, Path("old.artifact"))
+
+
+def test_artifacts_whose_knob_was_text_before_it_was_a_number():
+    """TTT_CHUNK_SIZE could be a schedule once: one size is the same number, and for a schedule there must be another."""
+    stored = {**config().as_dict(), "ttt_chunk_size": "48"}
+    assert tg.restore_config({}, stored, Path("old.artifact")).ttt_chunk_size == 48
+    stored["ttt_chunk_size"] = "256:16,48"
+    with pytest.raises(tg.ConfigError, match="TTT_CHUNK_SIZE='256:16,48': int expected"):
+        tg.restore_config({}, stored, Path("old.artifact"))
+    assert tg.restore_config({"TTT_CHUNK_SIZE": "32"}, stored, Path("old.artifact")).ttt_chunk_size == 32

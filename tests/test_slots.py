@@ -9,7 +9,7 @@ from conftest import config, make_run, trainer
 tg = trainer()
 SHAPE = dict(NUM_LAYERS=2, MODEL_DIM=32, NUM_HEADS=2, NUM_KV_HEADS=1, VOCAB_SIZE=64, XSA_LAST_N=2, NUM_LOOPS=0,
              PARALLEL_START_LAYER=1, EVAL_SEQ_LEN=64, EVAL_STRIDE=32, TRAIN_SEQ_LEN=64, TTT_SLOTS=3, TTT_LORA_RANK=4,
-             TTT_LORA_ALPHA=8, TTT_LORA_LR=0.02, TTT_CHUNK_SIZE="20:4,8", TTT_ASYM_LOGIT=0, VAL_BATCH_TOKENS=128,
+             TTT_LORA_ALPHA=8, TTT_LORA_LR=0.02, TTT_CHUNK_SIZE=8, TTT_ASYM_LOGIT=0, VAL_BATCH_TOKENS=128,
              PHASED_TTT_NUM_PHASES=0)
 LENGTHS = (50, 7, 33, 61, 18, 1, 40, 64)  # none longer than a window, so that recomputing it is exact
 
@@ -92,15 +92,15 @@ def step_by_step(model, cfg, run, docs, slot):
     scorer = tg.DocumentScorer(model, docs, cfg, run)
     scorer.slots = tg.Slots(model, cfg, run, 1)
     scorer.count = 1
-    for chunk, step in steps_of(scorer.plan):
+    for step in steps_of(scorer.plan):
         if step.end[slot] > step.begin[slot]:
-            scorer.step(tg.Step(*(x[slot:slot + 1] for x in step)), chunk)
+            scorer.step(tg.Step(*(x[slot:slot + 1] for x in step)))
     return scorer.nll[:-1]
 
 
 def steps_of(plan):
-    """(chunk, step) of a plan, one after the other."""
-    return [(stage.chunk, step) for phase in plan for stage in phase.stages for step in stage.steps]
+    """Lock steps of a plan, one after the other."""
+    return [step for phase in plan for step in phase.steps]
 
 
 def plain_decoder(model, cfg, docs):
@@ -113,7 +113,7 @@ def plain_decoder(model, cfg, docs):
     nll, a_of_slot = torch.zeros(docs.targets), {}
     steps = steps_of(tg.document_plan(docs.sequences, cfg))
     for slot in range(cfg.ttt_slots):
-        for chunk, step in steps:
+        for step in steps:
             doc, begin, end, more = (int(x[slot]) for x in step)
             if end == begin:
                 continue
@@ -175,8 +175,7 @@ def test_a_document_never_sees_another(tmp_path):
     for d in (docs, other):
         scorer = tg.DocumentScorer(model, d, cfg, run)
         for phase in scorer.plan:
-            for stage in phase.stages:
-                assert scorer.run_stage(stage, lambda: False)
+            assert scorer.run_steps(phase.steps, lambda: False)
         scores.append(scorer.nll[:-1])
     changed = (scores[0] != scores[1]).nonzero().flatten()
     assert len(changed) and changed.min() >= a and changed.max() < b
@@ -214,17 +213,6 @@ def test_out_of_time_the_rest_is_scored_plainly(tmp_path):
     assert result.verdict.startswith(f"each of {sum(LENGTHS)} tokens")
     plain = tg.score_windows(model, Documents(), cfg, run, cfg.eval_seq_len)
     assert result.val_loss == pytest.approx(plain.val_loss, abs=1e-6)
-
-
-@pytest.mark.parametrize("text", ["", "8,", "20:4", "20:4,10:2,8", "a", "20:0,8", "8:4,0"])
-def test_chunk_sizes_that_make_no_sense_are_refused(text):
-    with pytest.raises(tg.ConfigError, match="TTT_CHUNK_SIZE"):
-        config(**{**SHAPE, "TTT_CHUNK_SIZE": text})
-
-
-def test_chunk_sizes():
-    assert config(**{**SHAPE, "TTT_CHUNK_SIZE": "256:16,2000:32,48"}).ttt_chunks == [(256, 16), (2000, 32), (math.inf, 48)]
-    assert config(**{**SHAPE, "TTT_CHUNK_SIZE": "48"}).ttt_chunks == [(math.inf, 48)]
 
 
 def test_the_phase_between_stops_when_time_is_up(tmp_path):

@@ -20,7 +20,7 @@ TOY = dict(
     VOCAB_SIZE=V, NUM_LAYERS=4, MODEL_DIM=32, NUM_HEADS=2, MLP_MULT=2, GATE_WINDOW=8, TRAIN_SEQ_LEN=32, PACK_TOKENS=64,
     MICRO_BATCH_TOKENS=128, TRAIN_BATCH_TOKENS=256, EVAL_SEQ_LEN=32, EVAL_STRIDE=16, VAL_BATCH_TOKENS=128, TTT_CHUNK_TOKENS=128,
     TTT_BATCH_TOKENS=64, GLOBAL_TTT_CHUNK_TOKENS=64, VAL_DOCS=0, MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=1, TTT_SLOTS=8,
-    GPTQ_CALIBRATION_BATCHES=1, TTT_LORA_RANK=4, TTT_LORA_ALPHA=8, TTT_CHUNK_SIZE="8:4,8", COMPRESSOR="zlib", BIGRAM_DIM=8,
+    GPTQ_CALIBRATION_BATCHES=1, TTT_LORA_RANK=4, TTT_LORA_ALPHA=8, TTT_CHUNK_SIZE=8, COMPRESSOR="zlib", BIGRAM_DIM=8,
     SLIDING_WINDOW_ENABLED=0, NGRAM_TILT_ORDER=2, LQER_ASYM_GROUP=16, VE_DIM=8, EVAL_WALLCLOCK_SECONDS=0, CHECKPOINT_SECONDS=0)
 
 
@@ -30,7 +30,7 @@ def toy(preset, **env):
     kv = 1 if full.num_kv_heads < full.num_heads else 2
     shrunk = dict(TOY, NUM_KV_HEADS=kv, XSA_LAST_N=min(full.xsa_last_n, 4), ROPE_DIMS=min(full.rope_dims, 8),
                   BIGRAM_VOCAB_SIZE=min(full.bigram_vocab_size, 50), VE_LAYERS="2,3" if full.ve_layers else "",
-                  PHASED_TTT_PREFIX_DOCS=3, PARALLEL_START_LAYER=2)
+                  PHASED_TTT_PREFIX_DOCS=3 * (full.phased_ttt_plan == "prefix"), PARALLEL_START_LAYER=2)
     if full.num_loops:
         shrunk.update(NUM_LOOPS=1, LOOP_START=1, LOOP_END=2)
     return config(**{"PRESET": preset, **shrunk, **env})
@@ -131,7 +131,7 @@ CHOICES = [
     {"TTT_METHOD": "chunk", "TTT_OPTIMIZER": "adamw", "TTT_PARAMS": "last", "TTT_POLYAK": 0.9, "TTT_BYTE_WEIGHTED": 1},
     {"TTT_METHOD": "chunk", "TTT_PARAMS": "control"}, {"TTT_CACHE": "recompute"}, {"TTT_ASYM_LOGIT": 0},
     {"TTT_LORA_SITES": "qkvomh"}, {"TTT_WARM_START_A": 0}, {"TTT_BETA1": 0.9}, {"PHASED_TTT_NUM_PHASES": 0},
-    {"PHASED_TTT_NUM_PHASES": 3, "PHASED_TTT_PLAN": "prefix"}, {"MIXER": "ubtp"}, {"MIXER": "p", "TTT_METHOD": "none"}, {"NGRAM_TILT_BOOST": 0},
+    {"PHASED_TTT_NUM_PHASES": 3, "PHASED_TTT_PLAN": "prefix", "PHASED_TTT_PREFIX_DOCS": 3}, {"MIXER": "ubtp"}, {"MIXER": "p", "TTT_METHOD": "none"}, {"NGRAM_TILT_BOOST": 0},
     {"SLIDING_WINDOW_ENABLED": 1}, {"DOC_LOSSES": 1}]
 
 
