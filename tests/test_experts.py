@@ -227,7 +227,7 @@ def test_counts_from_another_order_stop_the_pass(how, tmp_path, monkeypatch):
 
 def test_a_tilt_that_does_not_renormalise_stops_the_pass(tmp_path, monkeypatch):
     monkeypatch.setattr(tg, "tilt", lambda nats, hinted, hint, target, boost: nats - boost * (hint == target))
-    model, cfg, run = build(tmp_path, TTT_METHOD="lora", **TILT)
+    model, cfg, run = build(tmp_path, TTT_METHOD="lora", TTT_CHUNK_SIZE=2, **TILT)
     with pytest.raises(tg.Violation, match="normalised distribution"):
         tg.score_documents(model, Echoes(), cfg, run, 0.0)
 
