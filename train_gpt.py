@@ -179,6 +179,7 @@ class ModelKnobs:
     loop_start: int = knob(3, "first layer of the loop", low=0)
     loop_end: int = knob(5, "last layer of the loop", low=0)
     enable_looping_at: float = knob(0.35, "fraction of the run at which recurrence starts; cheap steps come first", low=0, high=1)
+    loop_mix: bool = knob(False, "every further pass over a layer has its own change of how it mixes stream and input")
     parallel_residual: str = knob("two", "attention and MLP side by side: one stream, or two mixed ones", ("none", "one", "two"))
     parallel_start_layer: int = knob(8, "first layer that runs them side by side", low=0)
     parallel_final_lane: str = knob("mean", "what leaves two lanes at the end", ("mean", "attn", "mlp"))
@@ -1956,12 +1957,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, lane: Tensor | None, x0: Tensor, values: OtherValues, rope: tuple, cu: Tensor,
                 longest: int, mix: tuple[Tensor, Tensor] | None, lora: VisitAdapters = VisitAdapters(),
-                past: Past | None = None) -> tuple[Tensor, Tensor | None, tuple]:
+                past: Past | None = None, change: Tensor | float = 0.0) -> tuple[Tensor, Tensor | None, tuple]:
         """Stream x [T, D], second lane or None, input x0, others' values; mix = (resid [2], post [2, 2]) with lanes.
 
-        Returns the new stream, the new second lane and what attention keeps. (Two lanes: PR #1204.)
+        change: this visit's, of resid_mix [2, D]. Returns the new stream, the new second lane and what attention keeps. (Two lanes: PR #1204.)
         """
-        kept, fresh = self.resid_mix.to(x.dtype)  # starts as (1, 0): the stream alone
+        kept, fresh = (self.resid_mix + change).to(x.dtype)  # starts as (1, 0): the stream alone
         base = torch.addcmul(kept * x, fresh, x0)  # every block may reach back to the input
         a, keeps = self.attn(norm(base) * self.depth_scale, values, rope, cu, longest, lora, past)
         if mix is not None:
@@ -1984,11 +1985,13 @@ class Block(nn.Module):
 
 
 class Visit(NamedTuple):
-    """One application of a physical layer: which skip row to merge before it, whether to push after it, lanes or not."""
+    """One application of a physical layer: which skip row to merge before it, whether to push after it, lanes or not, and
+    which repetition it is, of all layers' (None: its layer's first)."""
     layer: int
     skip: int | None
     push: bool
     lanes: bool
+    again: int | None
 
 
 def layer_plan(cfg: Config, looping: bool) -> list[Visit]:
@@ -1999,8 +2002,10 @@ def layer_plan(cfg: Config, looping: bool) -> list[Visit]:
         order = order[:cfg.loop_start] + loop * (cfg.num_loops + 1) + order[cfg.loop_end + 1:]
     half = len(order) // 2  # encoder visits push, decoder visits pop
     skips, lanes = cfg.unet_skips != "none", cfg.parallel_residual == "two"
+    extra = range(len(order) - cfg.num_layers)  # repetitions follow the loop's first pass
     return [Visit(layer, i - half if skips and half <= i < 2 * half else None, skips and i < half,
-                  lanes and i >= half and layer >= cfg.parallel_start_layer) for i, layer in enumerate(order)]
+                  lanes and i >= half and layer >= cfg.parallel_start_layer,
+                  i - cfg.loop_end - 1 if i - cfg.loop_end - 1 in extra else None) for i, layer in enumerate(order)]
 
 
 class NgramHash(nn.Module):
@@ -2155,6 +2160,8 @@ class GPT(nn.Module):
         self.plans = layer_plan(cfg, False), layer_plan(cfg, True)
         rows = len(self.plans[1]) // 2 if cfg.unet_skips != "none" else 0  # row k serves the k-th decoder visit
         self.skip = SkipMerge(rows, cfg.model_dim, cfg.unet_skips == "gated") if rows else None
+        extra = len(self.plans[1]) - cfg.num_layers
+        self.loop_mix = nn.Parameter(torch.empty(extra, 2, cfg.model_dim)) if cfg.loop_mix and extra else None
         two = cfg.parallel_residual == "two"
         self.lane_resid = nn.Parameter(torch.empty(cfg.num_layers, 2)) if two else None
         self.lane_post = nn.Parameter(torch.empty(cfg.num_layers, 2, 2)) if two else None
@@ -2183,7 +2190,8 @@ class GPT(nn.Module):
                 x = run(self.skip, x, stack.pop(), self.skip.weights[visit.skip], gate)
             mix = (self.lane_resid[visit.layer], self.lane_post[visit.layer]) if visit.lanes else None
             lora, past = (memory.lora[i], memory.past[i]) if memory is not None else (VisitAdapters(), None)
-            x, lane, keeps = run(self.blocks[visit.layer], x, lane, x0, values, rope, cu, longest, mix, lora, past)
+            change = 0.0 if self.loop_mix is None or visit.again is None else self.loop_mix[visit.again]
+            x, lane, keeps = run(self.blocks[visit.layer], x, lane, x0, values, rope, cu, longest, mix, lora, past, change)
             values = values._replace(first=keeps[0]) if values.first is None else values  # the first visit's, for all
             if memory is not None:
                 memory.kept.append(keeps[1:])
@@ -2321,6 +2329,7 @@ def parameter_table(cfg: Config) -> list[Row]:
         Row(r"blocks\.\d+\.attn\.value_mix\.alpha", zero),
         Row(r"blocks\.\d+\.(attn\.o|mlp\.down)\.scale", one),
         Row(r"blocks\.\d+\.resid_mix", constant(1, 0)),
+        Row(r"loop_mix", zero),
         Row(r"skip\.weights", one),
         Row(r"skip\.gates", zero),
         Row(r"lane_resid", constant(1.1)),
@@ -3426,7 +3435,7 @@ class Hints(NamedTuple):
 def find_hints(tokens: Tensor, moment: Tensor, order: int, least: float) -> Hints:
     """The token that most often followed the same `order` tokens at earlier moments, where its share is at least `least`.
 
-    tokens [N + 1]; moment [N], -1 where a position is not to be scored. Ties go to the token that got there first.
+    tokens [N + 1]; moment [N], -1 where a position is not to be scored. Ties go to the token that got there first (all of a moment comes at once).
     """
     use = ((moment >= 0) & (places(tokens) >= order - 1)).nonzero().flatten()  # the whole context lies in the document
     empty = Hints(torch.full_like(tokens[:-1], -1), torch.full_like(tokens[:-1], -1))
@@ -3461,13 +3470,14 @@ def hint_by_definition(tokens: Tensor, moment: Tensor, order: int, least: float,
     found = same.nonzero().flatten()
     if not len(found):
         return -1
-    found = found[moment[found].sort(stable=True).indices]
-    counts = torch.bincount(tokens[1:][found])
+    when, by = moment[found].sort(stable=True)
+    followed = tokens[1:][found[by]]
+    counts = torch.bincount(followed)
     if float(counts.max()) < least * len(found):
         return -1
-    # ties: whichever reached the count at the earlier place of the order
-    reached = {int(t): int((tokens[1:][found] == t).nonzero()[-1]) for t in (counts == counts.max()).nonzero().flatten()}
-    return min(reached, key=reached.get)
+    # ties: whichever reached the count at the earlier moment, and of one moment whichever came first there
+    came = {int(t): followed == t for t in (counts == counts.max()).nonzero().flatten()}
+    return min(came, key=lambda t: int((came[t] & (when == when[came[t]][-1])).nonzero()[0]))
 
 
 def with_hint(targets: Tensor, hint: Tensor | None) -> Tensor:

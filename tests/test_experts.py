@@ -143,6 +143,12 @@ def test_hints_equal_their_definition(order, least, stream):
     assert (hints.token >= 0).any()
 
 
+def test_a_tie_within_one_moment_goes_to_what_stands_first_there():
+    """5 is followed by 7, 8, 8 and 7, all scored at once: nothing of a moment comes before the rest of it."""
+    tokens, moment = torch.tensor([1, 5, 7, 5, 8, 5, 8, 5, 7, 5, 9]), torch.tensor([0] * 9 + [1])
+    assert int(tg.find_hints(tokens, moment, 1, 0.0).token[9]) == tg.hint_by_definition(tokens, moment, 1, 0.0, 9) == 7
+
+
 def test_unplanned_positions_neither_give_nor_get_hints(stream):
     tokens, moment = stream
     moment = moment.clone()
