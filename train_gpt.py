@@ -179,7 +179,6 @@ class ModelKnobs:
     loop_start: int = knob(3, "first layer of the loop", low=0)
     loop_end: int = knob(5, "last layer of the loop", low=0)
     enable_looping_at: float = knob(0.35, "fraction of the run at which recurrence starts; cheap steps come first", low=0, high=1)
-    loop_mix: bool = knob(False, "every further pass over a layer has its own change of how it mixes stream and input")
     parallel_residual: str = knob("two", "attention and MLP side by side: one stream, or two mixed ones", ("none", "one", "two"))
     parallel_start_layer: int = knob(8, "first layer that runs them side by side", low=0)
     parallel_final_lane: str = knob("mean", "what leaves two lanes at the end", ("mean", "attn", "mlp"))
@@ -1957,12 +1956,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, lane: Tensor | None, x0: Tensor, values: OtherValues, rope: tuple, cu: Tensor,
                 longest: int, mix: tuple[Tensor, Tensor] | None, lora: VisitAdapters = VisitAdapters(),
-                past: Past | None = None, change: Tensor | float = 0.0) -> tuple[Tensor, Tensor | None, tuple]:
+                past: Past | None = None) -> tuple[Tensor, Tensor | None, tuple]:
         """Stream x [T, D], second lane or None, input x0, others' values; mix = (resid [2], post [2, 2]) with lanes.
 
-        change: this visit's, of resid_mix [2, D]. Returns the new stream, the new second lane and what attention keeps. (Two lanes: PR #1204.)
+        Returns the new stream, the new second lane and what attention keeps. (Two lanes: PR #1204.)
         """
-        kept, fresh = (self.resid_mix + change).to(x.dtype)  # starts as (1, 0): the stream alone
+        kept, fresh = self.resid_mix.to(x.dtype)  # starts as (1, 0): the stream alone
         base = torch.addcmul(kept * x, fresh, x0)  # every block may reach back to the input
         a, keeps = self.attn(norm(base) * self.depth_scale, values, rope, cu, longest, lora, past)
         if mix is not None:
@@ -1985,13 +1984,11 @@ class Block(nn.Module):
 
 
 class Visit(NamedTuple):
-    """One application of a physical layer: which skip row to merge before it, whether to push after it, lanes or not, and
-    which repetition it is, of all layers' (None: its layer's first)."""
+    """One application of a physical layer: which skip row to merge before it, whether to push after it, lanes or not."""
     layer: int
     skip: int | None
     push: bool
     lanes: bool
-    again: int | None
 
 
 def layer_plan(cfg: Config, looping: bool) -> list[Visit]:
@@ -2002,10 +1999,8 @@ def layer_plan(cfg: Config, looping: bool) -> list[Visit]:
         order = order[:cfg.loop_start] + loop * (cfg.num_loops + 1) + order[cfg.loop_end + 1:]
     half = len(order) // 2  # encoder visits push, decoder visits pop
     skips, lanes = cfg.unet_skips != "none", cfg.parallel_residual == "two"
-    extra = range(len(order) - cfg.num_layers)  # repetitions follow the loop's first pass
     return [Visit(layer, i - half if skips and half <= i < 2 * half else None, skips and i < half,
-                  lanes and i >= half and layer >= cfg.parallel_start_layer,
-                  i - cfg.loop_end - 1 if i - cfg.loop_end - 1 in extra else None) for i, layer in enumerate(order)]
+                  lanes and i >= half and layer >= cfg.parallel_start_layer) for i, layer in enumerate(order)]
 
 
 class NgramHash(nn.Module):
@@ -2160,8 +2155,6 @@ class GPT(nn.Module):
         self.plans = layer_plan(cfg, False), layer_plan(cfg, True)
         rows = len(self.plans[1]) // 2 if cfg.unet_skips != "none" else 0  # row k serves the k-th decoder visit
         self.skip = SkipMerge(rows, cfg.model_dim, cfg.unet_skips == "gated") if rows else None
-        extra = len(self.plans[1]) - cfg.num_layers
-        self.loop_mix = nn.Parameter(torch.empty(extra, 2, cfg.model_dim)) if cfg.loop_mix and extra else None
         two = cfg.parallel_residual == "two"
         self.lane_resid = nn.Parameter(torch.empty(cfg.num_layers, 2)) if two else None
         self.lane_post = nn.Parameter(torch.empty(cfg.num_layers, 2, 2)) if two else None
@@ -2190,8 +2183,7 @@ class GPT(nn.Module):
                 x = run(self.skip, x, stack.pop(), self.skip.weights[visit.skip], gate)
             mix = (self.lane_resid[visit.layer], self.lane_post[visit.layer]) if visit.lanes else None
             lora, past = (memory.lora[i], memory.past[i]) if memory is not None else (VisitAdapters(), None)
-            change = 0.0 if self.loop_mix is None or visit.again is None else self.loop_mix[visit.again]
-            x, lane, keeps = run(self.blocks[visit.layer], x, lane, x0, values, rope, cu, longest, mix, lora, past, change)
+            x, lane, keeps = run(self.blocks[visit.layer], x, lane, x0, values, rope, cu, longest, mix, lora, past)
             values = values._replace(first=keeps[0]) if values.first is None else values  # the first visit's, for all
             if memory is not None:
                 memory.kept.append(keeps[1:])
@@ -2329,7 +2321,6 @@ def parameter_table(cfg: Config) -> list[Row]:
         Row(r"blocks\.\d+\.attn\.value_mix\.alpha", zero),
         Row(r"blocks\.\d+\.(attn\.o|mlp\.down)\.scale", one),
         Row(r"blocks\.\d+\.resid_mix", constant(1, 0)),
-        Row(r"loop_mix", zero),
         Row(r"skip\.weights", one),
         Row(r"skip\.gates", zero),
         Row(r"lane_resid", constant(1.1)),

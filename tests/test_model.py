@@ -502,9 +502,6 @@ class Reference:
                 s = sigmoid(self.w["skip.gates"][i - half]) if c.unet_skips == "gated" else None
                 x = x + skip if s is None else (1 - s) * skip + s * x
             mix = self.w[f"blocks.{layer}.resid_mix"]
-            if c.loop_mix and layer in order[:i]:
-                repeats = [j for j in range(len(order)) if order[j] in order[:j]]
-                mix = mix + self.w["loop_mix"][repeats.index(i)]
             base = mix[0] * x + mix[1] * x0
             a, own = self.attention(layer, rms(base) * scale, starts, first)
             a, first = self.w[f"blocks.{layer}.attn.o.scale"] * a, own if first is None else first
@@ -534,7 +531,6 @@ ORDERS = {0: [0, 1, 2], 1: [0, 1, 0, 1, 2]}
     dict(), dict(num_loops=1, loop_start=0, loop_end=1), dict(parallel_final_lane="mlp", xsa_last_n=1),
     dict(attn_gate="out", smear_gate="post", parallel_residual="one"), dict(attn_gate="dense", unet_skips="plain", rope_dims=0),
     dict(attn_gate="scalar", value_residual="mix", num_loops=1, loop_start=0, loop_end=1),
-    dict(loop_mix=True, num_loops=1, loop_start=0, loop_end=1),
     dict(attn_gate="none", value_residual="sigmoid", bigram_vocab_size=37, mlp_act="relu2", tie_embeddings=False),
     dict(ln_scale=False, logit_softcap=0, ttt_asym_logit=False, unet_skips="none", smear_gate="none", parallel_residual="none"),
 ], ids=name)

@@ -121,7 +121,7 @@ CHOICES = [
     {"VALUE_RESIDUAL": "mix"}, {"VALUE_RESIDUAL": "sigmoid"}, {"ATTN_GATE": "none"}, {"ATTN_GATE": "scalar"}, {"ATTN_GATE": "dense"},
     {"ATTN_GATE": "out"}, {"SMEAR_GATE": "none"}, {"SMEAR_GATE": "post"}, {"SMEAR_GATE": "channel"}, {"BIGRAM_VOCAB_SIZE": 50},
     {"TRIGRAM_VOCAB_SIZE": 50}, {"VE_LAYERS": "0,3"}, {"X0_RESIDUAL": 1, "PARALLEL_RESIDUAL": "none"},
-    {"X0_RESIDUAL": 1, "PARALLEL_RESIDUAL": "one"}, {"UNET_SKIPS": "none"}, {"UNET_SKIPS": "plain"}, {"LOOP_MIX": 1}, {"PARALLEL_RESIDUAL": "none"},
+    {"X0_RESIDUAL": 1, "PARALLEL_RESIDUAL": "one"}, {"UNET_SKIPS": "none"}, {"UNET_SKIPS": "plain"}, {"PARALLEL_RESIDUAL": "none"},
     {"PARALLEL_RESIDUAL": "one"}, {"PARALLEL_FINAL_LANE": "attn"}, {"PARALLEL_FINAL_LANE": "mlp"}, {"MLP_ACT": "relu2"},
     {"TIE_EMBEDDINGS": 0}, {"LN_SCALE": 0}, {"LOGIT_SOFTCAP": 0, "TTT_ASYM_LOGIT": 0}, {"NUM_LOOPS": 0}, {"XSA_LAST_N": 0}, {"ROPE_DIMS": 0},
     {"DOC_ISOLATION": 0, "TTT_METHOD": "chunk"}, {"LOADER": "sequential"}, {"LOADER": "coprime"}, {"TRAIN_SEQ_SCHEDULE": "16:.5"}, {"TRAIN_BATCH_SCHEDULE": ""}, {"MUON_COEFFICIENTS": "quintic"},
