@@ -366,10 +366,10 @@ def model_of(job: Job, source: Source, work: Path, given: Path | None, log: Call
         return place.read_bytes()
     if job.vocab_size == 260:
         return vocabulary.byte_model()
-    started, transform = time.perf_counter(), REGISTRY[job.transform]
+    started = time.perf_counter()
     used = [0]
     try:
-        model = vocabulary.train(map(transform.encode, training_texts(source, job, used)), job.vocab_size, transform.operators)
+        model = vocabulary.train(training_texts(source, job, used), job.vocab_size, REGISTRY[job.transform])
     except (ValueError, RuntimeError, OSError) as error:
         raise PrepareError(f"tokenizer: {error}") from error
     write_atomic(place, model)

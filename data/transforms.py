@@ -3,6 +3,8 @@
 `caseops` writes capitals as an operator in front of lower-case letters, so that a vocabulary does not hold every word twice
 (idea: PR #1729). It undoes exactly, so bits per byte of the original text can be counted, with a byte sidecar. `casefold`
 throws capitals away (PR #1578): what is scored then is another, easier text, so whatever is made with it is marked lossy.
+`caselead` is caseops with the operator in front of the space: a word is spelled alike with and without its capital, and a
+tokenizer may merge the operator with the full stop that it follows.
 Pair aliasing (PR #2109) gives a frequent pair of tokens, [space, operator], one id of its own.
 """
 from __future__ import annotations
@@ -45,20 +47,36 @@ SMALL = case_pairs()
 CAPITAL = {lower: upper for upper, lower in SMALL.items()}
 TO_SMALL, TO_CAPITAL = str.maketrans(SMALL), str.maketrans(CAPITAL)
 _U, _L, _OPS = "".join(SMALL), "".join(CAPITAL), "".join(OPERATORS.values())
-_ENCODE = re.compile(f"(?P<inside>(?<=[{_L}]))?(?P<word>[{_U}][{_U}{_L}]*)|[{_OPS}]")  # a run from its first capital on
-_DECODE = re.compile(f"{ESC}(?P<literal>[{_OPS}])|{UPPER}(?P<run>[{_L}]+)|[{TITLE}{CAP}](?P<one>[{_L}])|[{_OPS}]")
+
+
+def _patterns(before: str, behind: str) -> tuple[re.Pattern, re.Pattern]:
+    """(a run from its first capital on, the same encoded); before, behind: the space that its operator changes places with."""
+    return (re.compile(f"(?P<gap>{before})(?P<inside>(?<=[{_L}]))?(?P<word>[{_U}][{_U}{_L}]*)|[{_OPS}]"),
+            re.compile(f"{ESC}(?P<literal>[{_OPS}])|{UPPER}(?P<gap>{behind})(?P<run>[{_L}]+)|"
+                       f"[{TITLE}{CAP}](?P<space>{behind})(?P<one>[{_L}])|[{_OPS}]"))
+
+
+_ENCODE, _DECODE = _patterns("", "")
+_LEAD, _UNLEAD = _patterns(r"(?:(?<!\s)\s+)?", r"\s*")  # tried once a run of white space, however long
 
 
 def _encode_match(match: re.Match) -> str:
     """The small letters of a run, with what brings its capitals back."""
-    word, small = match["word"], match[0].translate(TO_SMALL)
+    word, gap = match["word"], match["gap"]
     if word is None:
         return ESC + match[0]  # a character of the text that looks like an operator
+    small = word.translate(TO_SMALL)
     if match["inside"] is None and word[1:] == small[1:]:
-        return TITLE + small
+        return TITLE + gap + small
     if match["inside"] is None and not any(c in CAPITAL for c in word):
-        return UPPER + small
-    return "".join(CAP + s if s != c else c for c, s in zip(word, small))
+        return UPPER + gap + small
+    return CAP + gap + small[0] + "".join(CAP + s if s != c else c for c, s in zip(word[1:], small[1:]))
+
+
+def _decode_match(match: re.Match) -> str:
+    """The capitals of a run again, and what was escaped; nothing for an operator that operates on nothing (a model wrote it)."""
+    letters = (match["run"] or match["one"] or "").translate(TO_CAPITAL)
+    return match["literal"] or (match["gap"] or match["space"] or "") + letters
 
 
 def caseops_encode(text: str) -> str:
@@ -72,8 +90,18 @@ def caseops_keep(text: str) -> str:
 
 
 def caseops_decode(text: str) -> str:
-    """The inverse of `caseops_encode`, for any text; operators that operate on nothing (a model wrote them) vanish."""
-    return _DECODE.sub(lambda m: m["literal"] or (m["run"] or m["one"] or "").translate(TO_CAPITAL), text)
+    """The inverse of `caseops_encode`, for any text."""
+    return _DECODE.sub(_decode_match, text)
+
+
+def caselead_encode(text: str) -> str:
+    """`caseops_encode` with operators before white space: "in The NATO" -> "in" TITLE " the" UPPER " nato"."""
+    return _LEAD.sub(_encode_match, text)
+
+
+def caselead_decode(text: str) -> str:
+    """The inverse of `caselead_encode`, for any text."""
+    return _UNLEAD.sub(_decode_match, text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,13 +113,15 @@ class Transform(NamedTuple):
     operators: characters that stand for no text; a tokenizer needs a piece for each. keep: a second spelling that decodes alike
     and changes as little as can be, for words that normalisation would spoil in the first (a capital H with a line below is two
     characters, the small one is composed to a letter without a capital). All functions work word by word: what they do to
-    text between two spaces does not depend on what stands outside.
+    text between two spaces does not depend on what stands outside; but where an operator `leads`, it stands before the space,
+    and then it is a character like others to the tokenizer's trainer, which may merge it with what it follows.
     """
     name: str
     encode: Callable[[str], str]
     decode: Callable[[str], str] | None
     operators: tuple[str, ...] = ()
     keep: Callable[[str], str] = str
+    leads: bool = False
 
     @property
     def lossy(self) -> bool:
@@ -102,6 +132,7 @@ REGISTRY = {t.name: t for t in (
     Transform("none", str, str),
     Transform("casefold", str.lower, None),
     Transform("caseops", caseops_encode, caseops_decode, tuple(OPERATORS.values()), caseops_keep),
+    Transform("caselead", caselead_encode, caselead_decode, tuple(OPERATORS.values()), caseops_keep, leads=True),
 )}
 
 

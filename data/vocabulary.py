@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 import sentencepiece as spm
 from shards import BOS, CHUNK
-from transforms import CAP, ESC, REGISTRY, TITLE, UNUSED_BYTES, UPPER, Aliases
+from transforms import CAP, ESC, REGISTRY, TITLE, UNUSED_BYTES, UPPER, Aliases, Transform
 
 SPACE = "\u2581"  # how SentencePiece writes a space
 SENTENCE_CHARS = 1_000  # the SentencePiece trainer silently drops sentences over 4,192 bytes
@@ -33,22 +33,24 @@ TIGHT_CUT = re.compile("(?<=[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3])(?=[\u3040
 # ---------------------------------------------------------------------------------------------------------------------
 # Making tokenizers
 # ---------------------------------------------------------------------------------------------------------------------
-def sentences(texts: Iterable[str]) -> Iterator[str]:
-    """Pieces of at most SENTENCE_CHARS characters, cut at white space, for the tokenizer's trainer."""
+def sentences(texts: Iterable[str], encode: Callable[[str], str] = str) -> Iterator[str]:
+    """Encoded pieces of at most SENTENCE_CHARS characters, cut at white space, for the tokenizer's trainer."""
     for text in texts:
-        folded = " ".join(text.split())
+        folded = encode(" ".join(text.split()))
         yield from (match[0] for match in re.finditer(rf"\S.{{0,{SENTENCE_CHARS - 1}}}(?:(?=\s)|$)|\S+", folded))
 
 
-def train(texts: Iterable[str], vocab_size: int, operators: tuple[str, ...] = ()) -> bytes:
-    """A SentencePiece BPE model file with the settings of the contest; every operator gets a piece of its own.
+def train(texts: Iterable[str], vocab_size: int, transform: Transform = REGISTRY["none"]) -> bytes:
+    """A SentencePiece BPE model file for transformed texts with the settings of the contest; every operator gets a piece of its own.
 
     ValueError if the text does not give vocab_size pieces. The thread count is fixed and the model is written to memory:
     neither machine load nor a path gets into the bytes.
     """
     model = io.BytesIO()
+    operators = ({"required_chars": "".join(transform.operators)} if transform.leads else
+                 {"user_defined_symbols": list(transform.operators)})  # the latter never merge
     spm.SentencePieceTrainer.train(
-        sentence_iterator=sentences(texts),
+        sentence_iterator=sentences(texts, transform.encode),
         model_writer=model,
         model_type="bpe",
         vocab_size=vocab_size,
@@ -64,7 +66,7 @@ def train(texts: Iterable[str], vocab_size: int, operators: tuple[str, ...] = ()
         hard_vocab_limit=False,
         num_threads=4,
         minloglevel=2,
-        **({"user_defined_symbols": list(operators)} if operators else {}),
+        **(operators if transform.operators else {}),
     )
     got = spm.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
     if got != vocab_size:
@@ -141,10 +143,10 @@ class ByteTable:
                 self.edge[i] = True  # no text of its own, and the decoder drops a space behind it
             elif sp.is_byte(i):
                 self.base[i] = 1
-            elif (piece := sp.id_to_piece(i)) not in operators:
+            else:
+                piece = sp.id_to_piece(i).translate(dict.fromkeys(map(ord, operators)))  # operators vanish
                 self.space[i] = piece.startswith(SPACE)
                 self.base[i] = len(piece.removeprefix(SPACE).replace(SPACE, " ").encode())
-        self.operators = np.isin(np.arange(size), [sp.piece_to_id(o) for o in operators])
         self.escape = sp.piece_to_id(ESC) if ESC in operators else -1
 
     def sizes(self, tokens: np.ndarray, before: int = BOS) -> np.ndarray:
@@ -219,12 +221,16 @@ class Coder:
         for operator in self.transform.operators:
             if operator not in self.pieces:
                 raise ValueError(f"tokenizer: no piece for U+{ord(operator):04X}; train one with --transform {self.transform.name}")
+            # else what stands behind an escape could not be told from an operator, nor a word from what stands before it
+            wrong = [p for p in self.pieces if operator in p[:-1] or p.endswith(operator) and p[-2:-1].isalpha() or p != ESC and ESC in p]
+            if wrong:
+                raise ValueError(f"tokenizer: an operator may end a piece of signs, but not stand as in {wrong[0]!r}")
 
     def find_aliases(self) -> Aliases:
         """[space, operator] for each operator that makes capitals, on ids of bytes that UTF-8 never holds."""
         free = [f"<0x{byte:02X}>" for byte in UNUSED_BYTES]
-        if not self.transform.operators or not {SPACE, *free} <= set(self.pieces):
-            raise ValueError("pair aliases need a transform with operators and a tokenizer with byte pieces")
+        if not self.transform.operators or self.transform.leads or not {SPACE, *free} <= set(self.pieces):
+            raise ValueError("pair aliases need a transform with operators behind spaces and a tokenizer with byte pieces")
         space, *ids = map(self.pieces.index, (SPACE, TITLE, UPPER, CAP))
         return Aliases({(space, operator): self.pieces.index(alias) for operator, alias in zip(ids, free)})
 
@@ -245,12 +251,14 @@ class Coder:
         if len(parts) > 1:  # "word," is a new word, but "word" is not
             head = self.later if lead else self.first
             return b"".join([head[parts[0]], *map(self.first.__getitem__, parts[1:])])
-        for spell in (self.transform.encode, self.transform.keep):
+        leads = self.transform.leads  # then the word is spelled already, and cannot be spelled otherwise by itself
+        for spell in (str,) if leads else (self.transform.encode, self.transform.keep):
             text = lead + spell(word)
             ids = self.sp.encode(text) if len(text) < WORD_CHARS else array("H")
             for at in range(0, len(text), WORD_CHARS) if not ids else ():
                 ids.extend(self.sp.encode(text[at:at + WORD_CHARS]))
-            if self.transform.lossy or word.isascii() or self.decode(ids) == lead + word:  # ASCII has one normal form
+            back = self.spelled if leads else self.decode
+            if self.transform.lossy or word.isascii() or back(ids) == lead + word:  # ASCII has one normal form
                 ids = ids[len(self.front):] if lead else ids
                 return array("H", self.aliases.encode(ids) if self.aliases.pairs else ids).tobytes()
         raise Unstable(f"{word[:60]!r}")
@@ -259,9 +267,13 @@ class Coder:
         """True if SentencePiece makes the same tokens [n] of the text as a whole; of long and transformed ones it is not asked."""
         return self.transform.name != "none" or len(text) > WORD_CHARS or [BOS, *self.sp.encode(text)] == tokens.tolist()
 
+    def spelled(self, ids: list[int] | np.ndarray) -> str:
+        """The transformed text that tokens stand for; BOS and other control pieces have none."""
+        return self.sp.decode(self.aliases.decode(ids))
+
     def decode(self, ids: list[int] | np.ndarray) -> str:
-        """The text that tokens stand for, transform undone where it can be; BOS and other control pieces have none."""
-        text = self.sp.decode(self.aliases.decode(ids))
+        """The text that tokens stand for, transform undone where it can be."""
+        text = self.spelled(ids)
         return text if self.transform.lossy else self.transform.decode(text)
 
     def encode(self, text: str) -> np.ndarray:
@@ -288,9 +300,12 @@ class Coder:
             return np.frombuffer(data, np.uint8) + np.uint16(self.byte_zero), norm
         if not self.by_words:
             return self.whole(text, norm, lead)
-        first, *later = norm.split(SPACE)
+        if self.transform.leads:  # operators stand before spaces, so the text is spelled before it is cut at them
+            first, *later = self.transform.encode((SPACE * lead + norm).replace(SPACE, " ")).split(" ")
+        else:
+            first, *later = norm.split(SPACE)
         try:
-            head = self.later if lead else self.first
+            head = self.later if lead and not self.transform.leads else self.first
             return np.frombuffer(b"".join([head[first], *map(self.later.__getitem__, later)]), np.uint16), norm
         except Unstable:
             return self.whole(text, norm, lead)
@@ -304,7 +319,7 @@ class Coder:
             norm = self.sp.normalize(norm.replace(SPACE, " "))
         plain = norm.replace(SPACE, " ")
         for spell in (self.transform.encode, self.transform.keep):
-            ids = self.sp.encode(front + spell(plain))
+            ids = self.sp.encode(spell(front + plain))
             if self.transform.lossy or self.decode(ids) == front + plain:
                 return np.array(self.aliases.encode(ids[skip:]), np.uint16), norm
         raise ValueError(f"no spelling of {text[:60]!r} survives the tokenizer's normalisation")

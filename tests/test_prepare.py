@@ -45,8 +45,7 @@ def make_texts(count: int, seed: int = 0) -> list[str]:
 
 
 TEXTS = make_texts(400)
-MODELS = {name: vocabulary.train(map(transforms.REGISTRY[name].encode, TEXTS), 400, transforms.REGISTRY[name].operators)
-          for name in ("none", "caseops", "casefold")}
+MODELS = {name: vocabulary.train(TEXTS, 400, transforms.REGISTRY[name]) for name in ("none", "caseops", "casefold", "caselead")}
 MODELS["bytes"] = vocabulary.byte_model()
 CODERS = {kind: vocabulary.Coder(MODELS[kind], kind if kind in transforms.REGISTRY else "none") for kind in MODELS}
 CODERS["pairs"] = vocabulary.Coder(MODELS["caseops"], "caseops", pairs=True)
@@ -96,10 +95,12 @@ def toy(tmp_path_factory) -> tuple[Path, dict]:
 # ----------------------------------------------------------------------------------------------------------------------
 # Transforms
 # ----------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", ["caseops", "caselead"])
 @given(st.one_of(ANY, st.text(st.characters())))
-def test_caseops_gives_any_text_back(text):
-    encoded = transforms.caseops_encode(text)
-    assert transforms.caseops_decode(encoded) == text == transforms.caseops_decode(transforms.caseops_keep(text))
+def test_case_operators_give_any_text_back(name, text):
+    transform = transforms.REGISTRY[name]
+    encoded = transform.encode(text)
+    assert transform.decode(encoded) == text == transform.decode(transform.keep(text))
     assert not any(c in transforms.SMALL for c in encoded), "a capital was left"
 
 
@@ -111,8 +112,23 @@ def test_caseops_operators(text, expected):
     assert transforms.caseops_encode(text) == expected.format(**transforms.OPERATORS)
 
 
+@pytest.mark.parametrize("text, expected", [
+    ("in The NATO iPhone", "in{TITLE} the{UPPER} nato i{CAP}phone"), ("He said. \n No", "{TITLE}he said.{TITLE} \n no"),
+    ("a McD", "a{CAP} mc{CAP}d"), ("x \ue001 The", "x {ESC}\ue001{TITLE} the"), ('a "The', 'a "{TITLE}the')])
+def test_operators_that_lead_stand_before_the_space(text, expected):
+    assert transforms.caselead_encode(text) == expected.format(**transforms.OPERATORS)
+
+
+def test_white_space_without_end_takes_no_time():
+    text = " " * 1_000_000
+    started = time.perf_counter()
+    assert transforms.caselead_decode("\ue001" + transforms.caselead_encode(text + ".")) == text + "."
+    assert time.perf_counter() - started < 5
+
+
 def test_stray_operators_stand_for_nothing():
     assert transforms.caseops_decode("\ue001\ue001a \ue002 b\ue003") == "A  b"
+    assert transforms.caselead_decode("\ue001\ue001a\ue003 .\ue003") == "A ."
 
 
 def test_case_pairs_are_the_same_under_every_python():
@@ -145,7 +161,7 @@ def test_tokens_are_those_of_sentencepiece(text):
     assert tokens.dtype == np.uint16 and tokens.tolist() == ([1, *coder.sp.encode(text)] if coder.sp.encode(text) else [])
 
 
-@pytest.mark.parametrize("kind", ["none", "caseops", "pairs", "bytes"])
+@pytest.mark.parametrize("kind", ["none", "caseops", "pairs", "caselead", "bytes"])
 @given(ANY)
 def test_tokens_give_the_normalised_text_back_and_their_bytes_add_up(kind, text):
     coder = CODERS[kind]
@@ -163,9 +179,10 @@ def test_tokens_give_the_normalised_text_back_and_their_bytes_add_up(kind, text)
 
 @pytest.mark.parametrize("text", ["H\u0331ello", "T\u0308", "W\u030a", "Y\u030a", "J\u030c", "NATO T\u0308 A\u0331B"])
 @pytest.mark.parametrize("by_runs", [True, False])
-def test_capitals_that_are_composed_only_when_small_stay_capitals(by_runs, text):
+@pytest.mark.parametrize("kind", ["caseops", "caselead"])
+def test_capitals_that_are_composed_only_when_small_stay_capitals(kind, by_runs, text):
     """A small t with two dots is one character, its capital is two: as small letters these would not come back."""
-    coder = vocabulary.Coder(MODELS["caseops"], "caseops")
+    coder = vocabulary.Coder(MODELS[kind], kind)
     coder.by_runs = by_runs  # as if some piece held letters and marks
     assert coder.decode(coder.encode(text)) == text
 
@@ -188,8 +205,25 @@ def test_pairs_save_tokens_and_nothing_else():
     assert CODERS["pairs"].table.sizes(short).sum() == CODERS["caseops"].table.sizes(plain).sum()
 
 
-def test_operators_stand_for_no_bytes_and_literal_ones_for_three():
-    coder = CODERS["caseops"]
+@given(ANY)
+def test_operators_that_lead_are_tokenized_with_what_stands_before_them(text):
+    """Word by word as SentencePiece does it with the whole text, where normalisation lets the spelling be."""
+    coder = CODERS["caselead"]
+    norm = coder.sp.normalize(text).replace("\u2581", " ")
+    spelled = coder.transform.encode(norm)
+    if coder.sp.normalize(spelled).replace("\u2581", " ") == spelled and norm:
+        assert coder.encode(text).tolist() == [1, *coder.sp.encode(spelled)]
+
+
+def test_operators_that_lead_save_tokens_and_nothing_else():
+    pairs, lead = (np.concatenate([CODERS[kind].encode(text) for text in TEXTS]) for kind in ("pairs", "caselead"))
+    assert len(lead) < 0.98 * len(pairs)
+    assert CODERS["pairs"].table.sizes(pairs).sum() == CODERS["caselead"].table.sizes(lead).sum()
+
+
+@pytest.mark.parametrize("kind", ["caseops", "caselead"])
+def test_operators_stand_for_no_bytes_and_literal_ones_for_three(kind):
+    coder = CODERS[kind]
     text = "The \ue001 \ue004\ue004\ue002 NATO"
     tokens = coder.encode(text)
     sizes = dict.fromkeys(range(4), 0) | Counter()
@@ -227,7 +261,7 @@ def reference_tokenizer(cache: dict = {}):
 
 
 def test_a_long_word_is_cut_and_loses_nothing():
-    for kind in ("none", "caseops", "pairs"):
+    for kind in ("none", "caseops", "pairs", "caselead"):
         text = "Start " + "Ab" * vocabulary.WORD_CHARS + " end"
         assert CODERS[kind].decode(CODERS[kind].encode(text)) == text
 
@@ -255,12 +289,12 @@ def test_the_word_cache_does_not_change_tokens(monkeypatch):
     assert len(coder.later) <= 3
 
 
-def train_kind(**more) -> bytes:
-    """A model with other settings than the contest's."""
+def train_kind(extra: list[str] = ["one of the word (of the)"] * 300, **more) -> bytes:
+    """A model with other settings than the contest's, or of other texts beside ours."""
     model = io.BytesIO()
     settings = dict(model_type="bpe", vocab_size=330, byte_fallback=True, normalization_rule_name="nmt_nfkc", pad_id=0, bos_id=1,
                     eos_id=2, unk_id=3, add_dummy_prefix=False, hard_vocab_limit=False, minloglevel=2)
-    texts = vocabulary.sentences([*TEXTS, *["one of the word (of the)"] * 300])
+    texts = vocabulary.sentences([*TEXTS, *extra])
     spm.SentencePieceTrainer.train(sentence_iterator=texts, model_writer=model, **{**settings, **more})
     return model.getvalue()
 
@@ -279,6 +313,8 @@ def test_tokenizers_that_cannot_be_used_are_refused():
     for model, transform, pairs, message in [
             (MODELS["none"], "caseops", False, r"no piece for U\+E001; train one"),
             (MODELS["none"], "none", True, "pair aliases need"),
+            (MODELS["caselead"], "caselead", True, "pair aliases need"),
+            (train_kind(["a \ue001. \ue002 \ue003 \ue004 b"] * 3000), "caselead", False, "an operator may end a piece of signs"),
             (train_kind(bos_id=2, eos_id=1), "none", False, "BOS must be 1")]:
         with pytest.raises(ValueError, match=message):
             vocabulary.Coder(model, transform, pairs)
@@ -320,6 +356,21 @@ def test_train_gpt_reads_what_was_written(toy):
     cfg = dataclasses.replace(config(), vocab_size=400, data_path=str(folder / "data/datasets/toy"), val_docs=0)
     val = tg.ValidationSet(cfg, tg.Tokenizer(folder / "data/tokenizers/toy.model", 400))
     assert int(val.bytes.sum()) == manifest["val"]["bytes"] and len(val.starts) == 50
+
+
+def test_train_gpt_counts_the_bytes_of_signs_that_an_operator_ends(tmp_path):
+    """The table says 4 for a full stop with an operator behind it, the sidecar 1; nothing else may be between the two."""
+    manifest = build(tmp_path, jsonl(tmp_path / "docs.jsonl", TEXTS), transform="caselead", shard_tokens=9000)
+    cfg = config(DATA_PATH=tmp_path / "datasets/toy", VOCAB_SIZE=400, VAL_DOCS=0)
+    tokenizer = trainer().Tokenizer(tmp_path / "tokenizers/toy.model", 400)
+    docs = trainer().ValidationSet(cfg, tokenizer)
+    merged = [i for i in range(400) if tokenizer.sp.id_to_piece(i) == "." + transforms.TITLE]
+    assert merged and (docs.tokens == merged[0]).sum() > 9 and set(docs.bytes[docs.tokens[1:] == merged[0]]) == {1}
+    assert docs.bytes.sum() == manifest["val"]["bytes"] == sum(len(CODERS["none"].sp.normalize(t).replace("\u2581", " ").encode()) for t in TEXTS[:50])
+    sizes = read_split(tmp_path / "datasets/toy", "val_bytes")
+    write_shard(tmp_path / "datasets/toy/fineweb_val_bytes_000000.bin", np.where(docs.tokens == merged[0], 0, sizes))
+    with pytest.raises(SystemExit, match="by more than operators"):
+        trainer().ValidationSet(cfg, tokenizer)
 
 
 def test_a_finished_data_set_is_left_alone_and_others_are_not_overwritten(toy, tmp_path):
@@ -422,12 +473,12 @@ def test_bpb_from_sidecar_and_table_agree_where_both_apply(tmp_path):
     assert (table == sizes[1:]).all()
 
 
-@pytest.mark.parametrize("transform, lossy", [("none", False), ("casefold", True), ("caseops", False)])
+@pytest.mark.parametrize("transform, lossy", [("none", False), ("casefold", True), ("caseops", False), ("caselead", False)])
 def test_the_manifest_says_what_is_lossy(tmp_path, transform, lossy):
     manifest = build(tmp_path, jsonl(tmp_path / "docs.jsonl", TEXTS), transform=transform)
     assert manifest["transform"]["lossy"] is lossy and manifest["transform"]["name"] == transform
     sidecars = [e["sidecar"]["path"] for e in manifest["val"]["shards"] if "sidecar" in e]
-    assert sidecars == [e["path"].replace("val_", "val_bytes_") for e in manifest["val"]["shards"] if transform == "caseops"]
+    assert sidecars == [e["path"].replace("val_", "val_bytes_") for e in manifest["val"]["shards"] if transform.startswith("case") and not lossy]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
