@@ -6,10 +6,14 @@ throws capitals away (PR #1578): what is scored then is another, easier text, so
 `caselead` is caseops with the operator in front of the space: a word is spelled alike with and without its capital, and a
 tokenizer may merge the operator with the full stop that it follows.
 Pair aliasing (PR #2109) gives a frequent pair of tokens, [space, operator], one id of its own.
+
+    python data/transforms.py caselead --decode < sampled.txt        what a model of such data writes, as text; without --decode back
 """
 from __future__ import annotations
 
+import argparse
 import re
+import sys
 import unicodedata
 from collections.abc import Callable
 from typing import NamedTuple
@@ -167,3 +171,17 @@ class Aliases:
     def decode(self, ids: list[int] | np.ndarray) -> list[int]:
         """The pairs again."""
         return [t for i in ids for t in self.back.get(int(i), (int(i),))]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Standard input, UTF-8, through a transform or back, to standard output."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("transform", choices=[t.name for t in REGISTRY.values() if not t.lossy])
+    parser.add_argument("--decode", action="store_true", help="from what the tokenizer sees to text")
+    given = parser.parse_args(argv)
+    chosen, text = REGISTRY[given.transform], sys.stdin.buffer.read().decode()
+    sys.stdout.buffer.write((chosen.decode if given.decode else chosen.encode)(text).encode())
+
+
+if __name__ == "__main__":
+    main()

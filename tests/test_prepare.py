@@ -131,6 +131,21 @@ def test_stray_operators_stand_for_nothing():
     assert transforms.caselead_decode("\ue001\ue001a\ue003 .\ue003") == "A ."
 
 
+@pytest.mark.parametrize("name", ["none", "caseops", "caselead"])
+def test_transforms_of_standard_input(name):
+    """The command line takes text there and back; what has no way back is no choice."""
+    def through(text, *more, code=0):
+        done = subprocess.run([sys.executable, transforms.__file__, *more], input=text.encode(), capture_output=True)
+        assert done.returncode == code, done.stderr
+        return done.stdout.decode()
+    text = "In NATO's Été, iPhone\r\n\ue001 x"
+    coded = through(text, name)
+    assert coded == transforms.REGISTRY[name].encode(text) and (name == "none") == (coded == text)
+    assert through(coded, name, "--decode") == text
+    through(text, "casefold", code=2)
+
+
+
 def test_case_pairs_are_the_same_under_every_python():
     """Letters that a newer Unicode pairs would change the shards of old text."""
     assert len(transforms.SMALL) == 632
