@@ -145,7 +145,6 @@ def test_transforms_of_standard_input(name):
     through(text, "casefold", code=2)
 
 
-
 def test_case_pairs_are_the_same_under_every_python():
     """Letters that a newer Unicode pairs would change the shards of old text."""
     assert len(transforms.SMALL) == 632
