@@ -71,6 +71,9 @@ from typing import Callable, Iterator, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+# Its functions take the world as it is when they are defined for their default. Loaded later, as the inductor does, they keep
+# the group, gloo's threads outlive close() and end the process with an abort now and then.
+import torch.distributed.nn.functional  # noqa: F401
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -691,9 +694,6 @@ class Run:
             torch.cuda.set_device(self.device)
             torch.set_num_threads(1)  # with one a core, three runs and the tests at once were not past their first weights in two minutes
         if self.world > 1 and not dist.is_initialized():
-            # Its functions take the world as it is when they are defined for their default. Loaded later, as the inductor
-            # does, they keep the group, gloo's threads outlive close() and end the process with an abort now and then.
-            import torch.distributed.nn.functional  # noqa: F401
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.gpu else "gloo")
 
     def settle(self, cfg: Config) -> None:

@@ -326,6 +326,13 @@ def rebinding_violations(house):
     return bad
 
 
+def shadowing_import_violations(house):
+    """No function imports under a name of the module's: `import torch.x` makes `torch` a local that is unset above that line."""
+    top, ours = {id(node) for _, node, _ in house.bindings}, {name for name, _, _ in house.bindings}
+    return [house.flag(node, f"import inside a function hides the module's {name}") for node in house.nodes
+            if isinstance(node, IMPORTS) and id(node) not in top for name in bound_names(node) if name in ours]
+
+
 def mutated_targets(node):
     """Expressions whose object this node changes in place: `X[k] = v`, `X.a += v`, `X.append(v)`, `setattr(X, ...)`."""
     if isinstance(node, (ast.Attribute, ast.Subscript)) and not isinstance(node.ctx, ast.Load):
@@ -732,7 +739,7 @@ def machine_path_violations(house):
 # The tests on train_gpt.py
 # ----------------------------------------------------------------------------------------------------------------------
 RULES = [
-    room_violations, upward_violations, global_value_violations, rebinding_violations, mutation_violations,
+    room_violations, upward_violations, global_value_violations, rebinding_violations, shadowing_import_violations, mutation_violations,
     name_monopoly_violations, text_file_violations, hardware_violations, parameter_string_violations, size_violations,
     comment_violations, knob_declaration_violations, dead_knob_violations, undeclared_knob_violations,
     config_lookup_violations, stored_config_violations, forward_config_violations, forward_enum_violations,
@@ -1269,6 +1276,23 @@ PLANTS = [
                 x = 1
     '''}),
     # -- import
+    (shadowing_import_violations, {1: '''
+        import torch
+        import torch.nn.functional
+        try:
+            import zlib
+        except ImportError:
+            zlib = None
+    ''', 3: '''
+        def connect(gpu):
+            if gpu:
+                torch.cuda.set_device(0)
+            import torch.distributed  # BAD
+            import triton.language as tl
+        def pack():
+            from own import zlib  # BAD
+            import zlib as z
+    '''}),
     (import_environment_violations, {1: '''
         import os
     ''', 2: '''
