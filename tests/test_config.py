@@ -365,3 +365,22 @@ def test_artifacts_whose_knob_was_text_before_it_was_a_number():
     with pytest.raises(tg.ConfigError, match="TTT_CHUNK_SIZE='256:16,48': int expected"):
         tg.restore_config({}, stored, Path("old.artifact"))
     assert tg.restore_config({"TTT_CHUNK_SIZE": "32"}, stored, Path("old.artifact")).ttt_chunk_size == 32
+
+
+def gpu_settings():
+    """Every dict(KNOB="value", ...) or {"KNOB": "value", ...} of the tests for a GPU, constants only, by its line."""
+    for node in ast.walk(ast.parse((ROOT / "tests/gpu/test_gpu.py").read_text())):
+        pairs = []
+        if isinstance(node, ast.Dict):
+            pairs = [(k.value, v) for k, v in zip(node.keys, node.values) if isinstance(k, ast.Constant)]
+        if isinstance(node, ast.Call):
+            pairs = [(k.arg, k.value) for k in node.keywords]
+        knobs = {k: v.value for k, v in pairs if str(k).isupper() and isinstance(v, ast.Constant)}
+        if knobs:
+            yield pytest.param(knobs, id=f"line-{node.lineno}")
+
+
+@pytest.mark.parametrize("knobs", gpu_settings())
+def test_knobs_of_the_tests_for_a_gpu_are_still_knobs(knobs):
+    """They run where there is a GPU only; a value that no longer parses would be found there, on paid time."""
+    tg.load_config(knobs, True)

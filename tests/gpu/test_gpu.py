@@ -89,7 +89,7 @@ def test_recorded_steps_give_the_same_digits(tmp_path, monkeypatch):
     from test_slots import Documents
     knobs = dict(NUM_LAYERS="4", MODEL_DIM="128", NUM_HEADS="2", NUM_KV_HEADS="1", VOCAB_SIZE="64", XSA_LAST_N="4", LOOP_START="1",
                  LOOP_END="2", PARALLEL_START_LAYER="2", EVAL_SEQ_LEN="64", EVAL_STRIDE="32", TTT_SLOTS="8", TTT_LORA_RANK="16",
-                 TTT_CHUNK_SIZE="20:4,8", VAL_BATCH_TOKENS="4096", RUN_ID="replay", ARTIFACT_DIR=str(tmp_path), PRESET="record")
+                 TTT_CHUNK_SIZE="8", VAL_BATCH_TOKENS="4096", RUN_ID="replay", ARTIFACT_DIR=str(tmp_path), PRESET="record")
     cfg = tg.load_config(knobs, True)
     run = tg.Run(cfg, (0, 0, 1), quiet=True)
     model = tg.build_model(cfg, run)
