@@ -357,7 +357,7 @@ PRESETS = {"record": {}, "baseline": BASELINE, "pr413": PR413, "pr430": PR430, "
            "pr1693": PR1693, "pr1855": PR1855, "pr2135": PR2135, "smoke": SMOKE}
 
 # Knobs of earlier versions of this file, with the value that means what their absence means now: artifacts remember them.
-REMOVED = {"attn_window": "", "muon_beta2": 0.0, "muon_cautious_wd": False, "ttt_logit_bias": False, "ttt_trust": 0.0}
+REMOVED = {"attn_window": "", "loop_mix": False, "muon_beta2": 0.0, "muon_cautious_wd": False, "ttt_logit_bias": False, "ttt_trust": 0.0}
 
 # Names that other scripts of the contest use for a knob that is here under its later spelling.
 RENAMED = {
@@ -511,6 +511,8 @@ def refuse_unknown(env: dict, names: dict) -> None:
     for name in sorted(set(env) - set(names)):
         if name in RENAMED:  # known elsewhere: say where it went
             raise ConfigError(f"{name} is called {RENAMED[name]} here: {names[RENAMED[name]].metadata['doc']}")
+        if name.lower() in REMOVED:
+            raise ConfigError(f"{name} was a knob once; what it brought, and why it went, is in records/README.md")
         near = [n for n in names if set(name) <= set(n) and name in slips(n)] or difflib.get_close_matches(name, longer, 1, 0.87)
         if near or FAMILIES & set(name.split("_")):
             kin = [n for n in names if n.split("_")[0] == name.split("_")[0]]  # TTT_LERNING_RATE is one of TTT_*

@@ -357,6 +357,12 @@ def test_artifacts_of_earlier_versions_are_read_where_a_removed_knob_was_off():
             tg.restore_config({}, {**stored, name: value}, Path("old.artifact"))
 
 
+@pytest.mark.parametrize("name", sorted(n.upper() for n in tg.REMOVED))
+def test_a_removed_knob_stops_the_run(name):
+    """LOOP_MIX and ATTN_WINDOW were once passed over in silence: neither word belongs to this contest alone."""
+    assert refusal(**{name: 1}).startswith(f"config: {name} was a knob once")
+
+
 def test_artifacts_whose_knob_was_text_before_it_was_a_number():
     """TTT_CHUNK_SIZE could be a schedule once: one size is the same number, and for a schedule there must be another."""
     stored = {**config().as_dict(), "ttt_chunk_size": "48"}

@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, trainer
 from records_lab import RECORDS, environment
 
 import sweep
@@ -104,6 +104,19 @@ def test_settings_change_the_base(tmp_path):
         "control": {"A": "1", "B": "x"}, "one": {"A": "1", "B": "y"}, "two": {"A": "1", "B": "x", "TTT_ENABLED": "0"}}
     # whole pairs first
     assert [j.id for j in spec.jobs] == ["control.s5", "one.s5", "two.s5", "control.s6", "one.s6", "two.s6"]
+
+
+@pytest.mark.parametrize("path", sorted((RECORDS / "examples").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_example_holds_knobs_that_the_program_has(path):
+    """A removed knob would stop a sweep on its first rented minute; and each setting changes something of the control."""
+    tg = trainer()
+    spec = sweep.read_spec(path)
+    configs = {}
+    for name, knobs in spec.settings.items():
+        told = {**spec.settings[sweep.CONTROL], **knobs}
+        configs[name] = tg.load_config({k: v for k, v in told.items() if k != "MODE"}, cuda=True)
+    control = configs.pop(sweep.CONTROL)
+    assert all(c != control for c in configs.values()), configs
 
 
 def test_grid_is_all_combinations_and_its_first_is_the_control(tmp_path):
