@@ -194,6 +194,7 @@ class OptimKnobs:
     """Kernels, optimisers and schedules."""
     attn_backend: str = knob("auto", "auto: the first that works here", ("auto", "fa4", "fa3", "varlen", "sdpa", "eager"))
     kernels: str = knob("auto", "own operations fused in Triton (auto: on a GPU) or eager twins", ("auto", "triton", "eager"))
+    fp8: str = knob("none", "products that run in FP8 while weights learn: the MLP's along the channels", ("none", "mlp"))
     compile_scope: str = knob("auto", "torch.compile sees nothing, or a block at a time (auto: on a GPU)", ("auto", "none", "block"))
     matrix_lr: float = knob(0.026, "Muon's step on matrices", low=0)
     scalar_lr: float = knob(0.02, "AdamW on vectors, gates and scalars", low=0)
@@ -572,6 +573,7 @@ def validate(cfg: Config, world: int) -> None:
         (d.trigram_vocab_size != 1, "TRIGRAM_VOCAB_SIZE", "at least 2: one row is for tokens without predecessors"),
         (d.value_layers <= set(range(d.num_layers)), "VE_LAYERS", f"layers below NUM_LAYERS={d.num_layers}"),
         (not d.x0_residual or d.parallel_residual != "two", "X0_RESIDUAL", "two lanes have no single end of a block"),
+        (d.fp8 == "none" or d.model_dim % 16 == d.hidden_dim % 16 == 0, "FP8", f"rows of {d.model_dim} and {d.hidden_dim} are no multiples of 16"),
         (d.gate_window <= d.model_dim, "GATE_WINDOW", f"at most MODEL_DIM={d.model_dim}"),
         (not d.deterministic or d.iterations < 20000 or d.mode != "train", "ITERATIONS",
          "DETERMINISTIC=1 counts progress in steps: say how many"),
@@ -1641,49 +1643,67 @@ if installed("triton"):
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     @triton.jit
-    def activate(acc, HIDDEN, OUT, m, n, slope, LEARN: tl.constexpr):
+    def activate(acc, HIDDEN, OUT, LOW, rows, m, n, slope, gain, LEARN: tl.constexpr, FP8: tl.constexpr):
         """The epilogue of hidden_product for part of a tile."""
         # a square has lost its root's sign, which the way back needs: it is the last bit of the mantissa
         bit: tl.constexpr = 1 << (32 - OUT.dtype.primitive_bitwidth)
         if LEARN:
             hidden = HIDDEN.load([m, n]).to(tl.float32)
             below = (hidden.to(tl.int32, bitcast=True) & bit) != 0
-            OUT.store([m, n], (acc * tl.sqrt(hidden) * tl.where(below, -2 * slope, 2.0)).to(OUT.dtype))
+            value = acc * (tl.sqrt(hidden) * tl.where(below, -2 * slope, 2.0))
+            OUT.store([m, n], (value * rows if FP8 else value).to(OUT.dtype))
         else:
-            root, sign = tl.where(acc > 0, acc, slope * acc), tl.where(acc < 0, bit, 0)
+            acc = acc * rows if FP8 else acc
+            root, sign = tl.maximum(acc, slope * acc), (acc.to(tl.int32, bitcast=True) >> (OUT.dtype.primitive_bitwidth - 1)) & bit
+            value = root * root
             # the nearest number that ends in this bit
-            near = (((root * root).to(tl.int32, bitcast=True) - sign + bit) & (-2 * bit)) + sign
+            near = ((value.to(tl.int32, bitcast=True) + bit - sign) & (-2 * bit)) | sign
             OUT.store([m, n], near.to(tl.float32, bitcast=True).to(OUT.dtype))
+        if FP8:
+            LOW.store([m, n], tl.clamp(value * gain, -448.0, 448.0).to(LOW.dtype))
 
     @triton.jit
-    def hidden_product(X, W, HIDDEN, OUT, T, slope, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                       BK: tl.constexpr, LEARN: tl.constexpr):
+    def hidden_product(X, W, HIDDEN, OUT, LOW, ROWS, T, slope, gain, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
+                       BN: tl.constexpr, BK: tl.constexpr, LEARN: tl.constexpr, FP8: tl.constexpr):
         """h = X W^T with the activation in its epilogue: OUT = leaky(h)^2; with LEARN X holds gradients, HIDDEN is what was
-        OUT then, and OUT = h d HIDDEN/dh. Persistent: a program takes tiles in turn, so loads of the next overlap stores."""
+        OUT then, and OUT = h d HIDDEN/dh. Persistent: a program takes tiles in turn, so loads of the next overlap stores.
+        With FP8, X and W are scaled, a row's factor in ROWS takes the scales out, and LOW is OUT in FP8 for the next product."""
         columns: tl.constexpr = (N + BN - 1) // BN
         for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * columns, tl.num_programs(0), flatten=True):
             m, n = tile // columns * BM, tile % columns * BN  # neighbours share rows of X
             acc = tl.zeros([BM, BN], tl.float32)
             for k in range(0, K, BK):
                 acc = tl.dot(X.load([m, k]), W.load([n, k]).T, acc)
+            at = m + tl.arange(0, BM)
+            rows = tl.load(ROWS + at, mask=at < T, other=0.0)[:, None] if FP8 else None
             # in halves: a whole tile's stores would not fit beside the loads under way
             left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
-            activate(left, HIDDEN, OUT, m, n, slope, LEARN)
-            activate(right, HIDDEN, OUT, m, n + BN // 2, slope, LEARN)
+            activate(left, HIDDEN, OUT, LOW, rows, m, n, slope, gain, LEARN, FP8)
+            activate(right, HIDDEN, OUT, LOW, rows, m, n + BN // 2, slope, gain, LEARN, FP8)
 
 
-# forward and backward: rows, columns and depth of a tile, warps, stages, programs a multiprocessor (tests/gpu/tiles.py)
-TILES = (128, 128, 64, 4, 3, 2), (128, 256, 64, 8, 3, 1)
+# forward and backward, then both in FP8: rows, columns and depth of a tile, warps, stages, programs a multiprocessor (tests/gpu/tiles.py)
+TILES = (128, 128, 64, 4, 3, 2), (128, 256, 64, 8, 3, 1), (128, 128, 64, 4, 4, 2), (128, 128, 64, 4, 4, 2)
+E4M3, MOST = torch.float8_e4m3fn, 448.0  # eight bits, and the largest number in them; it is as precise down to 1/64
 
 
-def hidden_rows(x: Tensor, w: Tensor, hidden: Tensor, out: Tensor, slope: float, learn: bool) -> Tensor:
-    """hidden_product over the whole device, into `out`. x [T, K], w [N, K], hidden and out [T, N]"""
-    rows, columns, depth, warps, stages, share = TILES[learn]
-    described = [TensorDescriptor.from_tensor(t, list(b)) for t, b in
-                 ((x, (rows, depth)), (w, (columns, depth)), (hidden, (rows, columns // 2)), (out, (rows, columns // 2)))]
+def hidden_like(x: Tensor, w: Tensor, *rest) -> tuple[Tensor, Tensor]:
+    """Room for what hidden_rows gives."""
+    fp8 = x.dtype == E4M3
+    out = x.new_empty(len(x), len(w), dtype=torch.bfloat16 if fp8 else x.dtype)
+    return out, torch.empty_like(out, dtype=E4M3) if fp8 else out.new_empty(0)
+
+
+def hidden_rows(x: Tensor, w: Tensor, hidden: Tensor | None, rows: Tensor | None, slope: float, gain: float) -> tuple[Tensor, Tensor]:
+    """hidden_product over the whole device: OUT [T, N], and LOW where x and w are FP8. x [T, K], w [N, K], hidden [T, N], rows [T]"""
+    (out, low), learn, fp8 = hidden_like(x, w), hidden is not None, x.dtype == E4M3
+    height, width, depth, warps, stages, share = TILES[2 * fp8 + learn]
+    tall = [(t, (height, width // 2)) for t in (hidden if learn else out, out, low if fp8 else out)]
+    described = [TensorDescriptor.from_tensor(t, list(block)) for t, block in [(x, (height, depth)), (w, (width, depth)), *tall]]
     programs = share * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
-    hidden_product[(programs,)](*described, len(x), slope, len(w), w.shape[1], rows, columns, depth, learn, num_warps=warps, num_stages=stages)
-    return out
+    hidden_product[(programs,)](*described, rows if fp8 else out, len(x), slope, gain, len(w), w.shape[1], height, width, depth, learn, fp8,
+                                num_warps=warps, num_stages=stages)
+    return out, low
 
 
 # The whole MLP as one opaque operator, so that its backward product can have the activation's slope in its epilogue.
@@ -1691,23 +1711,81 @@ def hidden_rows(x: Tensor, w: Tensor, hidden: Tensor, out: Tensor, slope: float,
           lambda x, up, down, slope, y, hidden: (x, up, down, hidden, slope))
 def mlp_op(x: Tensor, up: Tensor, down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
     """mlp_eager's output [T, D], and for the way back its hidden rows [T, F], whose last bits are signs."""
-    hidden = x.new_empty(len(x), len(up))
-    return hidden_rows(x, up, hidden, hidden, slope, False) @ down.T, hidden
+    hidden, _ = hidden_rows(x, up, None, None, slope, 1.0)
+    return hidden @ down.T, hidden
 
 
 @operator("mlp_backward", lambda grad, x, up, down, hidden, slope: tuple(torch.empty_like(t) for t in (x, up, down)))
 def mlp_backward_op(grad: Tensor, x: Tensor, up: Tensor, down: Tensor, hidden: Tensor, slope: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and of both weights."""
     grad = grad.contiguous()
-    back = hidden_rows(grad, down.T.contiguous(), hidden, torch.empty_like(hidden), slope, True)
+    back, _ = hidden_rows(grad, down.T.contiguous(), hidden, None, slope, 1.0)
     return back @ up, back.T @ x, grad.T @ hidden
 
 
-def mlp_fused(x: Tensor, up: nn.Module, down: nn.Module, slope: float) -> Tensor:
+# What FP8 operands are multiplied by. In a trained record weights are .01 to .07 (rms of a layer) and at most 1.7, hidden rows .06 to .9
+# and at most 180, which cuts off two in a million in one layer of eleven; below 1/64 of what is left, a tenth of them lose bits.
+WEIGHT_8, HIDDEN_8, BACK_8 = 128.0, 4.0, 2.0 ** -9
+
+
+def in_e4m3(x: Tensor, factor: float) -> Tensor:
+    """x times factor in FP8, row by row in memory; what would lie beyond the largest number becomes it."""
+    return (x * factor).clamp(-MOST, MOST).to(E4M3).contiguous()
+
+
+def headroom(dim: int) -> float:
+    """The largest power of two that keeps every channel of a normed row representable: none is above sqrt(dim)."""
+    return 2.0 ** math.floor(math.log2(MOST / math.sqrt(dim)))
+
+
+def product_e4m3(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T of FP8 matrices. [T, K], [N, K] -> [T, N] bf16"""
+    one = torch.ones((), device=a.device)
+    return torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+# Opaque by itself: what scales and rounds its operands fuses with what makes them.
+@operator("hidden", hidden_like)
+def hidden_op(x: Tensor, w: Tensor, hidden: Tensor | None, rows: Tensor, slope: float, gain: float) -> tuple[Tensor, Tensor]:
+    """hidden_rows in FP8."""
+    return hidden_rows(x, w, hidden, rows, slope, gain)
+
+
+class MLP8(torch.autograd.Function):
+    """mlp_op with its four products along the channels in FP8; the two along the tokens, weights' gradients, stay in bf16.
+
+    Scales are fixed, not measured as training goes: e4m3 is as precise at 1/64 as at 448, rows of x are normed, and decay keeps
+    weights, and so hidden rows, at one size. Only gradients have no size of their own, so each token's is normed too.
+    """
+
+    @staticmethod
+    def forward(ctx, x, up, down, slope):
+        """x [T, D], up [F, D], down [D, F] -> [T, D]"""
+        top = headroom(x.shape[1])
+        unit = torch.full((len(x),), 1 / (top * WEIGHT_8), device=x.device)
+        hidden, low = torch.ops.golf.hidden(in_e4m3(x, top), in_e4m3(up, WEIGHT_8), None, unit, slope, HIDDEN_8)
+        ctx.save_for_backward(x, up, down, hidden)
+        ctx.slope = slope
+        return product_e4m3(low, in_e4m3(down, WEIGHT_8)) / (HIDDEN_8 * WEIGHT_8)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Gradients of x and of both weights."""
+        x, up, down, hidden = ctx.saved_tensors
+        top = headroom(x.shape[1])
+        size = grad.float().square().mean(1).sqrt().clamp_min(1e-30)
+        unit, normed = size / (top * WEIGHT_8), in_e4m3(grad / size[:, None], top)
+        back, low = torch.ops.golf.hidden(normed, in_e4m3(down.T, WEIGHT_8), hidden, unit, ctx.slope, BACK_8)
+        dx = product_e4m3(low, in_e4m3(up.T, WEIGHT_8)) * (unit / (BACK_8 * WEIGHT_8))[:, None]
+        return dx.to(x.dtype), back.T @ x, grad.T @ hidden, None
+
+
+def mlp_fused(x: Tensor, up: nn.Module, down: nn.Module, slope: float, fp8: bool = False) -> Tensor:
     """mlp_eager where its weights learn; elsewhere nothing is kept for a way back, and modules' hooks must see their inputs."""
     if not (torch.is_grad_enabled() and up.weight.requires_grad):
         return mlp_eager(x, up, down, slope)
-    return torch.ops.golf.mlp(x, up.matrix(x.dtype), down.matrix(x.dtype), slope)[0]
+    weights = up.matrix(x.dtype), down.matrix(x.dtype)
+    return MLP8.apply(x, *weights, slope) if fp8 else torch.ops.golf.mlp(x, *weights, slope)[0]
 
 
 class Kernels(NamedTuple):
@@ -1725,7 +1803,8 @@ def choose_kernels(cfg: Config, run: Run) -> Kernels:
     fused = able and cfg.kernels != "eager"
     run.log(f"kernels:{'triton' if fused else 'eager'}")
     nll = head_nll_fused if fused and cfg.logit_softcap else head_nll_eager
-    return Kernels(attend, nll, mlp_fused if fused and torch.cuda.get_device_capability() >= (9, 0) else mlp_eager)
+    mlp = functools.partial(mlp_fused, fp8=cfg.fp8 == "mlp")
+    return Kernels(attend, nll, mlp if fused and torch.cuda.get_device_capability() >= (9, 0) else mlp_eager)
 
 
 # Newton-Schulz coefficients (a, b, c) of X <- aX + (bA + cA^2)X, A = XX^T. Polar Express: per-iteration minimax

@@ -21,6 +21,17 @@ def repair_bounds():
     interpreter._patch_lang_tensor = patched
 
 
+def repair_rounding():
+    """A carry from the mantissa: the interpreter's way to FP8 forgets it, and makes 1.0 of 1.98."""
+    convert = interpreter._convert_float
+
+    def patched(numbers, source, target, mode):
+        if target.name != "fp8e4nv":
+            return convert(numbers, source, target, mode)
+        return torch.from_numpy(numbers.copy()).to(tg.E4M3).view(torch.uint8).numpy()
+    interpreter._convert_float = patched
+
+
 def error(a, b):
     """Relative to the reference's norm; gradients of sums over many rows are large."""
     return float((a - b).detach().norm() / b.detach().norm().clamp_min(1e-12))
@@ -60,6 +71,27 @@ def mlp(tokens, dim, hidden, slope):
     return compare(form(tg.mlp_fused), form(tg.mlp_eager), [torch.randn(tokens, dim), *weights])
 
 
+def mlp8(tokens, dim, hidden, slope):
+    """The form in FP8 beside the same roundings in plain fp32 products, gradients of tokens a hundredfold apart."""
+    x, grad = tg.norm(torch.randn(tokens, dim)), torch.randn(tokens, dim) * (torch.randn(tokens, 1) * 2).exp() * 1e-6
+    up, down = torch.randn(hidden, dim) / dim ** 0.5, torch.randn(dim, hidden) * 0.02
+    x, grad, up, down = (t.bfloat16() for t in (x, grad, up, down))
+    mine = [t.clone().requires_grad_() for t in (x, up, down)]
+    y = tg.MLP8.apply(*mine, slope)
+    got = [g.float() for g in (y, *torch.autograd.grad(y, mine, grad))]
+    x, grad, up, down = (t.float() for t in (x, grad, up, down))
+
+    def rounded(t, factor):
+        return tg.in_e4m3(t, factor).float() / factor
+    top, size = tg.headroom(dim), grad.square().mean(1, keepdim=True).sqrt()
+    h = rounded(x, top) @ rounded(up, tg.WEIGHT_8).T
+    square = torch.nn.functional.leaky_relu(h, slope).square()
+    back = rounded(grad / size, top) @ rounded(down, tg.WEIGHT_8) * 2 * square.sqrt() * torch.where(h < 0, -slope, 1.0)
+    low = rounded(back, tg.BACK_8 * top * tg.WEIGHT_8) * size
+    want = [rounded(square, tg.HIDDEN_8) @ rounded(down, tg.WEIGHT_8).T, low @ rounded(up, tg.WEIGHT_8), (back * size).T @ x, grad.T @ square]
+    return max(map(error, got, want))
+
+
 def cached(slots, rows, heads, window, begin):
     """The lock step's attention over rings not yet full, full, and turned over; rows as views of wider ones."""
     group, width = 2, 16
@@ -94,9 +126,11 @@ def rebuilt(model, kernels, looping):
 
 
 repair_bounds()
+repair_rounding()
 torch.manual_seed(0)
 found = {f"nll {c}": nll(*c) for c in ((7, 64, 30.0), (5, 50, 15.0), (1, 300, 5.0))}
 found |= {f"mlp {c}": mlp(*c) for c in ((300, 64, 264, 0.5), (1, 32, 64, 0.0), (129, 96, 520, 0.5))}
+found |= {f"fp8 {c}": mlp8(*c) for c in ((300, 64, 272, 0.5), (1, 32, 64, 0.0))}
 found |= {f"cached {c}": cached(*c) for c in ((3, 5, 2, 64, (0, 7, 64)), (2, 16, 1, 40, (41, 500)))}
 found |= {f"network looping={c}": network(c) for c in (False, True)}
 print(json.dumps(found))

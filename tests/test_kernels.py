@@ -27,16 +27,73 @@ def errors():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kind, cases, bound", [("nll", 3, 2e-6), ("mlp", 3, 2e-6), ("cached", 2, 2e-6), ("network", 2, 1e-3)])
+@pytest.mark.parametrize("kind, cases, bound", [("nll", 3, 2e-6), ("mlp", 3, 2e-6), ("fp8", 2, 1e-2), ("cached", 2, 2e-6), ("network", 2, 1e-3)])
 def test_interpreted_kernels_equal_their_eager_twins(kind, cases, bound, errors):
     mine = {name: e for name, e in errors.items() if name.startswith(kind)}
     assert len(mine) == cases and max(mine.values()) < bound, mine
+
+
+def compiled(kernel, types, fixed, **options):
+    """A kernel in the machine code of a Hopper GPU, which needs none."""
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    made = triton.compile(ASTSource(kernel, types | dict.fromkeys(fixed, "constexpr"), fixed), target=GPUTarget("cuda", 90, 32), options=options)
+    assert " STL" not in made.asm["sass"], "registers are spilt to memory"
+    return made
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("learn", [False, True])
+def test_the_mlps_kernel_compiles_for_hopper(learn, fp8):
+    """The record's widths and tiles: matrix units of the right kind, and as many programs a multiprocessor as it is launched with."""
+    cfg = config(PRESET="record")
+    height, width, depth, warps, stages, share = tg.TILES[2 * fp8 + learn]
+    kind, half = "fp8e4nv" if fp8 else "bf16", f"[{height}, {width // 2}]>"
+    types = {"X": f"tensordesc<{kind}[{height}, {depth}]>", "W": f"tensordesc<{kind}[{width}, {depth}]>", "HIDDEN": "tensordesc<bf16" + half,
+             "OUT": "tensordesc<bf16" + half, "LOW": f"tensordesc<{kind}" + half, "ROWS": "*fp32", "T": "i32", "slope": "fp32", "gain": "fp32"}
+    fixed = {"N": cfg.hidden_dim, "K": cfg.model_dim, "BM": height, "BN": width, "BK": depth, "LEARN": learn, "FP8": fp8}
+    made = compiled(tg.hidden_product, types, fixed, num_warps=warps, num_stages=stages)
+    assert f"wgmma.mma_async.sync.aligned.m64n{width}k{32 if fp8 else 16}.f32.{'e4m3' if fp8 else 'bf16'}" in made.asm["ptx"]
+    assert share * (made.metadata.shared + 1024) <= 228 * 1024
+
+
+def test_the_other_kernels_compile_for_hopper():
+    """Nats over the record's vocabulary; attention of a lock step's chunks to a full ring."""
+    cfg, tensor = config(PRESET="record"), "*bf16"
+    compiled(tg.capped_nll, {"LOGITS": tensor, "TARGETS": "*i64", "NLL": "*fp32", "cap": "fp32"},
+             {"V": cfg.vocab_size, "B": cfg.vocab_size, "SLOPE": True}, num_warps=8)
+    group, chunk = cfg.num_heads // cfg.num_kv_heads, cfg.ttt_chunk_size
+    shape = {"W": cfg.eval_seq_len, "C": chunk, "H": cfg.num_heads, "G": group, "E": cfg.head_dim, "R": 128, "J": 64, "N": 64}
+    assert 64 < group * chunk <= shape["R"] and 32 < chunk <= shape["J"]
+    reads = {**dict.fromkeys(("Q", "K", "V", "OK", "OV"), tensor), "BEGIN": "*i64", "OUT": tensor, "LSE": "*fp32"}
+    numbers = {"scale": "fp32", **dict.fromkeys(("cells", "qs", "ks", "vs"), "i32")}
+    compiled(tg.cached_forward, reads | numbers, shape, num_warps=4)
+    compiled(tg.cached_backward, reads | dict.fromkeys(("GRAD", "DQ", "DK", "DV"), tensor) | numbers, shape, num_warps=8)
 
 
 def test_without_a_gpu_the_eager_twins_run(tmp_path):
     cfg = config(PRESET="record")
     chosen = tg.choose_kernels(cfg, make_run(tmp_path, cfg))
     assert chosen[1:] == (tg.head_nll_eager, tg.mlp_eager)
+
+
+@pytest.mark.parametrize("fp8", ["none", "mlp"])
+def test_a_hopper_gpu_runs_the_form_that_was_asked_for(fp8, tmp_path, monkeypatch):
+    cfg, called = config(PRESET="record", FP8=fp8), []
+    run = make_run(tmp_path, cfg)
+    monkeypatch.setattr(tg, "choose_attention", lambda cfg, run: tg.attention_sdpa)
+    monkeypatch.setitem(tg.HAVE, "triton", True)
+    monkeypatch.setattr(run, "device", tg.torch.device("cuda"))
+    monkeypatch.setattr(tg.torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(tg.MLP8, "apply", lambda *inputs: called.append(("mlp", inputs)))
+    monkeypatch.setattr(tg.torch.ops.golf, "mlp", lambda *inputs: [called.append(("none", inputs))])
+    layers = tg.Linear(32, 16), tg.Linear(16, 32)
+    product = tg.choose_kernels(cfg, run).mlp
+    product(tg.torch.randn(3, 16), *layers, 0.5)
+    with tg.torch.no_grad():
+        assert product(tg.torch.randn(3, 16), *layers, 0.5).shape == (3, 16)  # where nothing learns there is nothing to keep
+    assert [(form, [x.shape for x in inputs[:3]]) for form, inputs in called] == [(fp8, [(3, 16), (32, 16), (16, 32)])]
 
 
 def test_fused_kernels_that_cannot_run_stop_the_run(tmp_path):
