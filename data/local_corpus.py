@@ -42,7 +42,7 @@ import prepare
 import vocabulary
 from shards import read_json, sha256
 from shards import BOS as BOS_ID
-from sources import SourceError, Unit
+from sources import SourceError, Unit, texts
 
 REVISION = 2  # raise it when the same text would give other shards or another manifest: older corpora are rebuilt
 SEED = 1337
@@ -370,7 +370,7 @@ def write_shards(paths: Paths, work: Path, model: bytes, train: list[Document], 
     """Shards in `work`; what the manifest says of them. Each split is one shard, so its entry names the file itself, too."""
     job = prepare.Job(paths.train.parent.name, val_docs=len(val), shard_tokens=2**31 - 1)
     build = prepare.Build(work, job, vocabulary.Coder(model).table)
-    prepare.run_build(build, prepare.coded_units([*units(val, 0), *units(train, len(val))], model, job, workers=1))
+    prepare.run_build(build, prepare.coded_units([*units(val, 0), *units(train, len(val))], model, job, texts, workers=1))
     parts = build.finish()
     for split, documents in (("train", train), ("val", val)):
         shard = parts[split]["shards"][0]

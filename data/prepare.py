@@ -1,8 +1,9 @@
-"""Documents to shards: any jsonl, parquet or text, any SentencePiece vocabulary, any transform of the registry.
+"""Documents to shards: any jsonl, parquet, text or finished shards, any SentencePiece vocabulary, any transform of the registry.
 
     python data/prepare.py docs.jsonl.xz --name mine --vocab-size 8192 --val-docs 2000
     python data/prepare.py data/docs_selected.jsonl --name fineweb10B_sp4096 --vocab-size 4096
     python data/prepare.py docs.parquet --name caps --transform caseops --pairs --val-docs 2000
+    python data/prepare.py data/datasets/fineweb10B_sp8192 --source-tokenizer data/tokenizers/fineweb_8192_bpe.model --name anew
     python data/prepare.py --verify data/datasets/mine
 
 writes data/datasets/NAME/fineweb_{train,val}_%06d.bin, data/tokenizers/NAME.model and, last of all, data/datasets/NAME/
@@ -33,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when this file 
 import vocabulary
 from shards import (BOS, CHUNK, HEADER_BYTES, ShardError, document_key, documents, entry_problem, file_entry, header, read_json,
                     read_shard, sha256, shard_problem, split_paths, write_atomic, write_json)
-from sources import Source, SourceError, Unit, texts
+from sources import Denominator, Reader, Source, SourceError, Unit, open_source
 from transforms import REGISTRY
 from vocabulary import ByteTable, Coder
 
@@ -58,7 +59,7 @@ class Job(NamedTuple):
     tokenizer_bytes: int = 100_000_000
     transform: str = "none"
     pairs: bool = False
-    val_docs: int = CHALLENGE_VAL_DOCS
+    val_docs: int | None = None  # None: as the source has it, or as the contest
     shard_tokens: int = 100_000_000
     sidecar: bool = False
     text_key: str = "text"
@@ -90,11 +91,11 @@ class Coded(NamedTuple):
 # ---------------------------------------------------------------------------------------------------------------------
 # Coding, in this process or in others
 # ---------------------------------------------------------------------------------------------------------------------
-def code_unit(coder: Coder, unit: Unit, text_key: str) -> Coded:
+def code_unit(coder: Coder, unit: Unit, read: Reader) -> Coded:
     """Tokens of a unit's documents. SourceError names a document whose bytes do not add up."""
     odd: Counter = Counter()
     coded, keys, source_bytes = [], [], 0
-    for number, text in enumerate(texts(unit, text_key, odd), unit.first):
+    for number, text in enumerate(read(unit, odd), unit.first):
         try:
             tokens = coder.encode(text)
         except ValueError as error:
@@ -112,16 +113,16 @@ def code_unit(coder: Coder, unit: Unit, text_key: str) -> Coded:
     return Coded(tokens, lengths, b"".join(keys), source_bytes, odd)
 
 
-WORKER: list = []  # of a worker process: its coder and text_key
+WORKER: list = []  # of a worker process: its coder and reader
 
 
-def start_worker(model: bytes, transform: str, pairs: bool, text_key: str) -> None:
+def start_worker(model: bytes, transform: str, pairs: bool, read: Reader) -> None:
     """Makes this process a worker that ends when its parent does, even if the parent was killed."""
     import threading
     from multiprocessing import connection, parent_process
     parent = parent_process().sentinel
     threading.Thread(target=lambda: (connection.wait([parent]), os._exit(1)), daemon=True).start()
-    WORKER[:] = Coder(model, transform, pairs), text_key
+    WORKER[:] = Coder(model, transform, pairs), read
 
 
 def work(unit: Unit) -> Coded:
@@ -129,14 +130,14 @@ def work(unit: Unit) -> Coded:
     return code_unit(WORKER[0], unit, WORKER[1])
 
 
-def coded_units(units: Iterable[Unit], model: bytes, job: Job, workers: int) -> Iterator[tuple[Unit, Coded]]:
+def coded_units(units: Iterable[Unit], model: bytes, job: Job, read: Reader, workers: int) -> Iterator[tuple[Unit, Coded]]:
     """Units with their tokens, in order; coded by other processes where workers > 1."""
     if workers == 1:
         coder = Coder(model, job.transform, job.pairs)
-        yield from ((unit, code_unit(coder, unit, job.text_key)) for unit in units)
+        yield from ((unit, code_unit(coder, unit, read)) for unit in units)
         return
     from multiprocessing import get_context
-    setup = (model, job.transform, job.pairs, job.text_key)
+    setup = (model, job.transform, job.pairs, read)
     with ProcessPoolExecutor(workers, get_context("spawn"), start_worker, setup) as pool:
         try:
             yield from in_order(pool, units, 2 * workers + 1)
@@ -272,10 +273,13 @@ class Totals:
 
 
 class Build:
-    """Shards of both splits in a folder of their own, from coded units in order; it can be left and taken up again."""
+    """Shards of both splits in a folder of their own, from coded units in order; it can be left and taken up again.
 
-    def __init__(self, folder: Path, job: Job, table: ByteTable, state: dict | None = None):
-        self.folder, self.job = folder, job
+    `told`: what validation was divided by before, where its documents come from shards.
+    """
+
+    def __init__(self, folder: Path, job: Job, table: ByteTable, state: dict | None = None, told: Denominator | None = None):
+        self.folder, self.job, self.told = folder, job, told
         sidecar = job.sidecar or bool(REGISTRY[job.transform].operators)
         self.writers = {s: ShardWriter(folder, s, job.shard_tokens, sidecar and s == "val", table) for s in SPLITS}
         state = state or {}
@@ -306,9 +310,17 @@ class Build:
         """Keys of the validation documents, from the shards as they were written."""
         if self.val_keys is None:
             self.writers["val"].close()
+            self.check_denominator()  # before the work of the training documents
             paths = [self.folder / shard["path"] for shard in self.writers["val"].done]
             self.val_keys = {document_key(tokens) for tokens in documents(paths)}
         return self.val_keys
+
+    def check_denominator(self) -> None:
+        """PrepareError if bits per byte would be divided by another number than those of the source's shards."""
+        got = sum(shard["bytes"] for shard in self.writers["val"].done)
+        if self.told and got != self.told.now:
+            raise PrepareError(f"val has {got:,} bytes, but the source's tokens stand for {self.told.now:,}: scores could not be "
+                               "compared. Tokenizer or transform change the text (folded white space, lost letters); choose others")
 
     def finish(self) -> dict:
         """Closes the last shards; the manifest's part about documents. PrepareError if a split is empty."""
@@ -321,7 +333,8 @@ class Build:
         dropped = self.odd["of train equal to one of validation, dropped"]
         entries = {split: self.totals[split].entry(self.writers[split].done) for split in SPLITS[::-1]}
         proof = {"by": "blake2b-128 of each document's tokens", "val_keys": len(self.known()), "train_dropped": dropped}
-        return entries | {"disjoint": proof, "mended": dict(sorted(self.odd.items()))}
+        told = {"denominator": self.told._asdict()} if self.told else {}
+        return entries | {"disjoint": proof, "mended": dict(sorted(self.odd.items()))} | told
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -380,18 +393,31 @@ def model_of(job: Job, source: Source, work: Path, given: Path | None, log: Call
 def training_texts(source: Source, job: Job, used: list[int]) -> Iterator[str]:
     """Texts behind the validation documents until `used` reaches tokenizer_bytes: validation decides nothing (rule D5)."""
     for unit in cut_units(source.units(), [job.val_docs]):
-        for text in texts(unit, job.text_key, Counter()) if unit.first >= job.val_docs else ():
+        for text in source.reader(unit, Counter()) if unit.first >= job.val_docs else ():
             if used[0] >= job.tokenizer_bytes:
                 return
             used[0] += len(text.encode())
             yield text
 
 
-def check_challenge(source: Source, job: Job) -> None:
-    """PrepareError if the contest's documents are to be split otherwise than the contest splits them."""
-    if source.is_challenge and job.val_docs != CHALLENGE_VAL_DOCS:
-        raise PrepareError(f"--val-docs {job.val_docs}: these are the challenge's documents, whose first {CHALLENGE_VAL_DOCS:,} "
+def find_border(source: Source, job: Job) -> int:
+    """Number of validation documents. PrepareError if a source that is split already is to be split otherwise."""
+    natural = CHALLENGE_VAL_DOCS if source.val_docs is None else source.val_docs
+    asked = natural if job.val_docs is None else job.val_docs
+    if source.val_docs is not None and asked != natural:
+        raise PrepareError(f"--val-docs {asked}: the source's validation shards hold {natural:,} documents; leave the option out")
+    if source.is_challenge and asked != CHALLENGE_VAL_DOCS:
+        raise PrepareError(f"--val-docs {asked}: these are the challenge's documents, whose first {CHALLENGE_VAL_DOCS:,} "
                            "are validation; with fewer the rest of them would be trained on")
+    return asked
+
+
+def check_apart(source: Source, places: Places) -> None:
+    """PrepareError if the data set would be written over what it is made of."""
+    written = {path.resolve() for path in (places.tokenizer, places.manifest, *places.shards.glob("fineweb_*.bin"))}
+    for file in source.files:
+        if file.resolve() in written:
+            raise PrepareError(f"{file} is a source and would be written over; choose another --name or --data-dir")
 
 
 def check_published(source: Source, count: int) -> None:
@@ -451,16 +477,16 @@ def progress(source: Source, log: Callable):
     return tqdm(total=total, unit="B", unit_scale=True, desc="prepare", disable=None if log is print else True, mininterval=0.5)
 
 
-def make_shards(places: Places, job: Job, source: Source, model: bytes, table: ByteTable, workers: int, log: Callable) -> dict:
+def make_shards(places: Places, job: Job, source: Source, model: bytes, coder: Coder, workers: int, log: Callable) -> dict:
     """Tokens of all documents into the work folder; the manifest's part about documents."""
-    build = Build(places.work, job, table, read_json(places.work / "state.json"))
+    build = Build(places.work, job, coder.table, read_json(places.work / "state.json"), source.denominator(coder))
     if build.documents:
         log(f"prepare: goes on behind document {build.documents:,}")
     begin = build.documents
     with progress(source, log) as bar:
         units = cut_units(source.units(bar.update if bar is not None else lambda _: None), [job.val_docs, begin])
         new = (unit for unit in units if unit.first >= begin)
-        run_build(build, coded_units(new, model, job, workers), lambda state: write_json(places.work / "state.json", state))
+        run_build(build, coded_units(new, model, job, source.reader, workers), lambda state: write_json(places.work / "state.json", state))
     check_published(source, build.documents)
     return build.finish()
 
@@ -470,6 +496,13 @@ def describe(split: str, entry: dict, who: str = "prepare") -> str:
     lengths = " ".join(f"{key}:{value:,}" for key, value in entry["document_tokens"].items())
     return (f"{who}: {split} documents:{entry['documents']:,} tokens:{entry['tokens']:,} bytes:{entry['bytes']:,} "
             f"bytes_per_token:{entry['bytes'] / entry['tokens']:.3f} document_tokens {lengths}")
+
+
+def describe_denominator(told: dict) -> str:
+    """One line of the log about a denominator that is still the same."""
+    odd = (f", but for {told['mended_documents']} documents with invalid UTF-8: {told['mended_bytes']:,} bytes there, "
+           f"{told['mended_bytes_now']:,} here") if told["mended_documents"] else ""
+    return f"prepare: val has the {told['bytes']:,} bytes that the source's tokens stand for{odd}"
 
 
 def transform_entry(coder: Coder) -> dict:
@@ -529,8 +562,8 @@ def prepare(source: Source, job: Job, data_dir: Path | str = "data", tokenizer: 
     Raises PrepareError, SourceError or ShardError with what is wrong and what to do.
     """
     places, started = Places.of(data_dir, job.name), time.perf_counter()
-    check_challenge(source, job)
-    job = job._replace(tokenizer=sha256(tokenizer.read_bytes()) if tokenizer else "")
+    check_apart(source, places)
+    job = job._replace(val_docs=find_border(source, job), tokenizer=sha256(tokenizer.read_bytes()) if tokenizer else "")
     settings = job._asdict() | {"source": source.entries}
     if finished := read_finished(places, settings, force):
         log(f"prepare: {places.manifest} is complete, nothing to do")
@@ -544,6 +577,8 @@ def prepare(source: Source, job: Job, data_dir: Path | str = "data", tokenizer: 
     seconds, size = time.perf_counter() - started, sum(manifest[split]["source_bytes"] for split in SPLITS) - begun
     for split in SPLITS[::-1]:
         log(describe(split, manifest[split]))
+    if "denominator" in manifest:
+        log(describe_denominator(manifest["denominator"]))
     dropped = manifest["disjoint"]["train_dropped"]
     log(f"prepare: mended {manifest['mended'] or 'nothing'}; no document is in both splits ({dropped} dropped)")
     log(f"prepare: wrote {places.manifest} in {seconds:.1f}s, {size / seconds / 1e6:.1f} MB of text a second")
@@ -557,7 +592,7 @@ def make(places: Places, job: Job, source: Source, settings: dict, tokenizer: Pa
         coder = Coder(model, job.transform, job.pairs)
     except (ValueError, RuntimeError, OSError) as error:
         raise PrepareError(str(error)) from error
-    parts = make_shards(places, job, source, model, coder.table, workers, log)
+    parts = make_shards(places, job, source, model, coder, workers, log)
     write_atomic(places.work / "tokenizer.model", model)
     about = {"vocab_size": len(coder.pieces), "bos_id": BOS}
     manifest = {
@@ -620,7 +655,9 @@ def strangers(folder: Path, manifest: dict) -> list[str]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("source", nargs="*", type=Path, help="jsonl, parquet or text files (.xz .gz .bz2 .zst too), or folders of them")
+    p.add_argument("source", nargs="*", type=Path, help="jsonl, parquet or text files (.xz .gz .bz2 .zst too), or folders of them, "
+                                                           "or a folder of finished shards")
+    p.add_argument("--source-tokenizer", type=Path, metavar="MODEL", help="of a source of shards: the tokenizer that made them")
     p.add_argument("--verify", type=Path, metavar="FOLDER", help="prove a finished data set from its files alone, and stop")
     p.add_argument("--name", help="datasets/NAME and tokenizers/NAME.model; default: from source, vocabulary and transform")
     p.add_argument("--data-dir", type=Path, default=Path("data"))
@@ -629,7 +666,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokenizer-bytes", type=int, default=100_000_000, help="training text that the tokenizer is trained on")
     p.add_argument("--transform", choices=sorted(REGISTRY), default="none")
     p.add_argument("--pairs", action="store_true", help="with caseops: one token for [space, operator]")
-    p.add_argument("--val-docs", type=int, default=CHALLENGE_VAL_DOCS, help="first documents, which are validation")
+    p.add_argument("--val-docs", type=int, help=f"first documents, which are validation; default: {CHALLENGE_VAL_DOCS:,}, or "
+                                                "those of the shards that are the source")
     p.add_argument("--shard-tokens", type=int, default=100_000_000)
     p.add_argument("--sidecar", action="store_true", help="a byte sidecar even where the byte table would do")
     p.add_argument("--text-key", default="text", help="key or column of the text")
@@ -653,11 +691,17 @@ def check_args(args: argparse.Namespace) -> None:
         raise PrepareError("name the files to read, or --verify a folder")
     if not 260 <= args.vocab_size <= 2**16:
         raise PrepareError(f"--vocab-size {args.vocab_size}: tokens are uint16 and 260 pieces are reserved, so 260 to 65536")
-    if args.tokenizer and not args.tokenizer.is_file():
-        raise PrepareError(f"--tokenizer {args.tokenizer} is missing")
+    for name in ("tokenizer", "source_tokenizer"):
+        if (path := getattr(args, name)) and not path.is_file():
+            raise PrepareError(f"{option(name)} {path} is missing")
     for name, least in (("workers", 1), ("val_docs", 1), ("shard_tokens", 1)):
-        if getattr(args, name) < least:
-            raise PrepareError(f"--{name.replace('_', '-')} must be at least {least}")
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise PrepareError(f"{option(name)} must be at least {least}")
+
+
+def option(name: str) -> str:
+    """An argument as it is written."""
+    return f"--{name.replace('_', '-')}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -671,7 +715,7 @@ def main(argv: list[str] | None = None) -> int:
         check_args(args)
         job = Job(args.name or default_name(args), args.vocab_size, "", args.tokenizer_bytes, args.transform, args.pairs,
                   args.val_docs, args.shard_tokens, args.sidecar, args.text_key, args.separator)
-        source = Source(args.source, args.text_key, args.separator)
+        source = open_source(args.source, args.text_key, args.separator, args.source_tokenizer)
         manifest = prepare(source, job, args.data_dir, args.tokenizer, args.workers, args.force)
         places = Places.of(args.data_dir, job.name)
         print(f"prepare: use it with DATA_PATH={places.shards} TOKENIZER_PATH={places.tokenizer} "

@@ -12,14 +12,13 @@ import argparse
 import heapq
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from shards import ShardError, documents, read_json, read_shard, split_paths
-from vocabulary import Coder
+from shards import ShardError, read_json
+from vocabulary import Coder, sized
 
 WORST = 5
 LEAST_TOKENS = 32  # of a document that is called the worst: short ones are odd by chance
@@ -64,21 +63,6 @@ class Stats:
         """The documents with the fewest bytes a token, the worst first: number, bytes a token, and how they begin."""
         return [{"document": -number, "bytes per token": round(-score, 3), "begins": coder.decode(tokens)[:60]}
                 for score, number, tokens in sorted(self.worst, reverse=True)]
-
-
-def sized(folder: Path, split: str, coder: Coder) -> Iterator[tuple[np.ndarray, int]]:
-    """(tokens, bytes) of each document of a split."""
-    sidecars = split_paths(folder, f"{split}_bytes")
-    entries = np.concatenate([read_shard(path) for path in sidecars]) if sidecars else None
-    at = 0
-    for tokens in documents(split_paths(folder, split)):
-        if int(tokens.max()) >= len(coder.pieces):
-            raise ShardError(f"{folder}: token {int(tokens.max())}, but the tokenizer has {len(coder.pieces)} pieces")
-        sizes = coder.table.sizes(tokens) if entries is None else entries[at:at + len(tokens)]
-        at += len(tokens)
-        yield tokens, int(sizes.sum(dtype=np.int64))
-    if entries is not None and at != len(entries):
-        raise ShardError(f"{folder}: {at} {split} tokens, but sidecars for {len(entries)}")
 
 
 def open_coder(folder: Path, given: Path | None) -> Coder:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,13 @@ def read_shard(path: Path) -> np.ndarray:
     if problem := shard_problem(path):
         raise ShardError(f"shard {path}: {problem}")
     return np.memmap(path, "<u2", "r", HEADER_BYTES)
+
+
+def chunks(path: Path) -> Iterator[np.ndarray]:
+    """Tokens of a shard, at most CHUNK at a time, in memory of their own."""
+    tokens = read_shard(path)
+    for at in range(0, len(tokens), CHUNK):
+        yield np.array(tokens[at:at + CHUNK])
 
 
 def sha256(data: bytes) -> str:
@@ -120,13 +127,11 @@ def document_key(tokens: np.ndarray) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(tokens, "<u2"), digest_size=16).digest()
 
 
-def documents(paths: list[Path]) -> Iterator[np.ndarray]:
+def documents(paths: Iterable[Path]) -> Iterator[np.ndarray]:
     """The documents of shards in order, each [n] uint16 with its BOS; those that cross a border are put together."""
     held: list[np.ndarray] = []
     for path in paths:
-        tokens = read_shard(path)
-        for at in range(0, len(tokens), CHUNK):
-            part = np.asarray(tokens[at:at + CHUNK])
+        for part in chunks(path):
             *whole, rest = np.split(part, np.flatnonzero(part == BOS))
             for piece in whole:
                 held.append(piece)

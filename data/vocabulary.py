@@ -11,10 +11,12 @@ import re
 import struct
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import sentencepiece as spm
-from shards import BOS, CHUNK
+from shards import BOS, CHUNK, ShardError, documents, read_shard, split_paths
 from transforms import CAP, ESC, REGISTRY, TITLE, UNUSED_BYTES, UPPER, Aliases, Transform
 
 SPACE = "\u2581"  # how SentencePiece writes a space
@@ -271,6 +273,28 @@ class Coder:
         """The transformed text that tokens stand for; BOS and other control pieces have none."""
         return self.sp.decode(self.aliases.decode(ids))
 
+    @cached_property
+    def spellings(self) -> list[bytes]:
+        """What each token writes, in bytes; b"" for control and other pieces without text of their own."""
+        raw = [b"" if self.table.edge[i] else bytes([int(piece[3:5], 16)]) if self.sp.is_byte(i) else
+               piece.replace(SPACE, " ").encode() for i, piece in enumerate(self.pieces)]
+        return [b"".join(raw[part] for part in self.aliases.back.get(i, (i,))) for i in range(len(raw))]
+
+    def raw(self, tokens: np.ndarray) -> bytes:
+        """The bytes that tokens [n] of a document write, transform and all: those that the byte table counts.
+
+        SentencePiece's decoder writes U+FFFD for bytes that are no UTF-8; these come as they are, so that they can be seen. ValueError
+        for a token that the tokenizer lacks, or that says itself that its text is lost.
+        """
+        if tokens.max(initial=0) >= len(self.pieces):
+            raise ValueError(f"token {tokens.max()}, but the tokenizer has {len(self.pieces)} pieces")
+        if self.sp.unk_id() in tokens:
+            raise ValueError(f"token {self.sp.unk_id()} stands for unknown text, which is not in the shards")
+        parts = list(map(self.spellings.__getitem__, tokens.tolist()))
+        for i in np.flatnonzero(self.table.space[tokens[1:]] & self.table.edge[tokens[:-1]]) + 1:
+            parts[i] = parts[i][1:]  # the decoder drops a space behind a control piece, and the table does not count it
+        return b"".join(parts)
+
     def decode(self, ids: list[int] | np.ndarray) -> str:
         """The text that tokens stand for, transform undone where it can be."""
         text = self.spelled(ids)
@@ -337,3 +361,18 @@ def slices(text: str) -> Iterator[tuple[str, bool]]:
         yield text[at:cut.start()], lead
         at, size, lead = cut.end(), SLICE_CHARS, cut.end() > cut.start()
     yield text[at:], lead
+
+
+def sized(folder: Path, split: str, coder: Coder) -> Iterator[tuple[np.ndarray, int]]:
+    """(tokens, bytes) of each document of a split, by the sidecars where there are some. ShardError if they do not fit."""
+    sidecars = split_paths(folder, f"{split}_bytes")
+    entries = np.concatenate([read_shard(path) for path in sidecars]) if sidecars else None
+    at = 0
+    for tokens in documents(split_paths(folder, split)):
+        if int(tokens.max()) >= len(coder.pieces):
+            raise ShardError(f"{folder}: token {int(tokens.max())}, but the tokenizer has {len(coder.pieces)} pieces")
+        sizes = coder.table.sizes(tokens) if entries is None else entries[at:at + len(tokens)]
+        at += len(tokens)
+        yield tokens, int(sizes.sum(dtype=np.int64))
+    if entries is not None and at != len(entries):
+        raise ShardError(f"{folder}: {at} {split} tokens, but sidecars for {len(entries)}")

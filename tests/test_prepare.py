@@ -63,15 +63,23 @@ def job(**more) -> prepare.Job:
     return prepare.Job(**{"name": "toy", "vocab_size": 400, "val_docs": 50, "shard_tokens": 3000, "tokenizer_bytes": 20_000, **more})
 
 
-def build(folder: Path, source, workers: int = 1, force: bool = False, tokenizer: Path | None = None, **more) -> dict:
-    files = [source] if isinstance(source, Path) else source
-    source = sources.Source(files, more.get("text_key", "text"), more.get("separator", ""))
-    return prepare.prepare(source, job(**more), folder, tokenizer, workers, force, **QUIET)
+def build(folder: Path, source, workers: int = 1, force: bool = False, tokenizer: Path | None = None, log=lambda _: None, **more) -> dict:
+    """A data set of a file, files, or a whole source."""
+    if not isinstance(source, sources.Source):
+        source = sources.Source([source] if isinstance(source, Path) else source, more.get("text_key", "text"), more.get("separator", ""))
+    return prepare.prepare(source, job(**more), folder, tokenizer, workers, force, log)
 
 
 def read_split(folder: Path, kind: str) -> np.ndarray:
     """All tokens of a split, or all entries of its sidecars (`val_bytes`)."""
     return np.concatenate([shards.read_shard(path) for path in shards.split_paths(folder, kind)])
+
+
+def texts_of(folder: Path, split: str) -> list[str]:
+    """Documents of a split of the data set in `folder`, transform undone, by SentencePiece's own decoder."""
+    transform = json.loads((folder / "datasets/toy/manifest.json").read_text())["transform"]
+    coder = vocabulary.Coder((folder / "tokenizers/toy.model").read_bytes(), transform["name"], bool(transform["pairs"]))
+    return [coder.decode(tokens) for tokens in shards.documents(shards.split_paths(folder / "datasets/toy", split))]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -246,6 +254,21 @@ def test_operators_stand_for_no_bytes_and_literal_ones_for_three(kind):
             sizes[size] += 1
     assert sizes[3] == 4 and sizes[0] == 6, "TITLE, UPPER and four escapes are free, four characters are text"
     assert coder.decode(tokens) == text
+
+
+@pytest.mark.parametrize("kind", list(CODERS))
+@given(ANY)
+def test_raw_bytes_are_what_sentencepieces_decoder_writes(kind, text):
+    coder = CODERS[kind]
+    tokens = coder.encode(text)
+    assert coder.raw(tokens).decode() == coder.spelled(tokens)
+
+
+@given(st.lists(st.integers(0, 399).filter(lambda t: t != 3)))
+def test_the_table_counts_the_raw_bytes_of_any_tokens(ids):
+    """Broken UTF-8 and spaces behind control pieces, too."""
+    tokens = np.array([1, *ids], np.uint16)
+    assert len(CODERS["none"].raw(tokens)) == CODERS["none"].table.total(tokens)
 
 
 @given(st.lists(ANY, min_size=1, max_size=4))
@@ -505,9 +528,10 @@ def test_the_number_of_workers_does_not_matter(toy, tmp_path, units_of_2k):
         assert contents(tmp_path / str(workers)) == contents(folder / "data")
 
 
-@pytest.mark.parametrize("more", [{}, dict(transform="caseops", pairs=True)])
-def test_interrupted_anywhere_and_started_again_gives_the_same_bytes(tmp_path, units_of_2k, monkeypatch, more):
-    source = jsonl(tmp_path / "docs.jsonl", TEXTS)
+@pytest.mark.parametrize("more", [{}, dict(transform="caseops", pairs=True), dict(transform="caselead", val_docs=None)])
+def test_interrupted_anywhere_and_started_again_gives_the_same_bytes(toy, tmp_path, units_of_2k, monkeypatch, more):
+    """From documents, and from shards."""
+    source = source_of(toy[0] / "data") if "val_docs" in more else jsonl(tmp_path / "docs.jsonl", TEXTS)
     build(tmp_path / "whole", source, **more)
     monkeypatch.setattr(prepare, "STATE_SECONDS", 0.0)
     add, plan = prepare.Build.add, random.Random(1)
@@ -672,7 +696,7 @@ def test_several_files_and_folders_are_read_in_order(tmp_path):
     (tmp_path / "in/picture.png").write_bytes(b"no text")
     (tmp_path / "m.model").write_bytes(MODELS["none"])
     units = list(sources.Source([tmp_path / "in"]).units())
-    assert [t for u in units for t in sources.texts(u, "text", Counter())] == TEXTS
+    assert [t for u in units for t in sources.texts(u, Counter())] == TEXTS
     manifest = build(tmp_path / "data", tmp_path / "in", tokenizer=tmp_path / "m.model")
     assert [(e["name"], e["sha256"]) for e in manifest["source"]["files"]] == [
         (n, shards.sha256_file(tmp_path / "in" / n)) for n in ("a.jsonl", "b.jsonl")]
@@ -742,9 +766,172 @@ def test_units_hold_every_document_once_however_they_are_cut(texts, size, data):
         sources.UNIT_BYTES = saved
     borders = data.draw(st.lists(st.integers(0, len(texts) + 1), max_size=3))
     units = list(prepare.cut_units(pieces, borders))
-    assert [t for u in units for t in sources.texts(u, "text", Counter())] == texts
+    assert [t for u in units for t in sources.texts(u, Counter())] == texts
     assert [u.first for u in units] == list(itertools.accumulate([u.count for u in units], initial=0))[:-1]
     assert not any(u.first < border < u.first + u.count for u in units for border in borders)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shards as a source
+# ----------------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> dict[str, Path]:
+    """transform -> the folder of a data set of 120 documents, many of which cross the borders of small shards; not to be changed."""
+    root = tmp_path_factory.mktemp("made")
+    source = jsonl(root / "docs.jsonl", TEXTS[:120])
+    for name in ("none", "casefold", "caseops", "caselead"):
+        build(root / name, source, tokenizer=save(root, name), transform=name, pairs=name == "caseops", val_docs=30, shard_tokens=700)
+    return {name: root / name for name in ("none", "casefold", "caseops", "caselead")}
+
+
+def source_of(folder: Path) -> sources.Shards:
+    """The data set that was built in `folder`, as a source."""
+    return sources.Shards(folder / "datasets/toy", folder / "tokenizers/toy.model")
+
+
+def by_hand(folder: Path, val: list, train: list, model: bytes = MODELS["none"]) -> sources.Shards:
+    """A source of shards without a manifest, as others make them, of texts or of tokens [n] without BOS."""
+    sp = spm.SentencePieceProcessor(model_proto=model)
+    for split, documents in (("val", val), ("train", train)):
+        tokens = [[1, *(sp.encode(document) if isinstance(document, str) else document)] for document in documents]
+        write_shard(folder / f"datasets/toy/fineweb_{split}_000000.bin", np.concatenate(tokens))
+    (folder / "tokenizers").mkdir(exist_ok=True)
+    (folder / "tokenizers/toy.model").write_bytes(model)
+    return source_of(folder)
+
+
+@pytest.mark.parametrize("new", [{}, dict(transform="caselead"), dict(transform="caseops", pairs=True)])
+@pytest.mark.parametrize("old", ["none", "caseops", "caselead"])
+def test_shards_of_shards_hold_the_same_documents_bytes_and_split(made, tmp_path, old, new):
+    first = shards.split_paths(made[old] / "datasets/toy", "train")
+    assert len(first) > 3 and any(shards.read_shard(path)[0] != 1 for path in first), "a document crosses a border"
+    log = []
+    manifest = build(tmp_path, source_of(made[old]), val_docs=None, vocab_size=330, log=log.append, **new)
+    before = json.loads((made[old] / "datasets/toy/manifest.json").read_text())
+    for split in prepare.SPLITS:
+        assert texts_of(tmp_path, split) == texts_of(made[old], split) == texts_of(made["none"], split)
+        assert [manifest[split][k] for k in ("documents", "bytes")] == [before[split][k] for k in ("documents", "bytes")]
+    assert manifest["denominator"]["bytes"] == manifest["val"]["bytes"] and manifest["settings"]["val_docs"] == 30
+    assert f"prepare: val has the {manifest['val']['bytes']:,} bytes that the source's tokens stand for" in log
+    assert prepare.verify(tmp_path / "datasets/toy", **QUIET) == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_transform_is_undone_to_the_very_tokens_of_the_documents(made, tmp_path, units_of_2k, workers):
+    """caseops -> none, by any number of workers, gives the shards that the documents themselves gave."""
+    given = made["none"] / "tokenizers/toy.model"
+    manifest = build(tmp_path, source_of(made["caseops"]), workers, tokenizer=given, val_docs=None, shard_tokens=700)
+    new, old = (contents(folder / "datasets/toy") for folder in (tmp_path, made["none"]))
+    assert {k: v for k, v in new.items() if k != "manifest.json"} == {k: v for k, v in old.items() if k != "manifest.json"}
+    files = {e["name"]: (e["file_bytes"], e["sha256"]) for e in manifest["source"]["files"]}
+    there = [*(made["caseops"] / "datasets/toy").iterdir(), made["caseops"] / "tokenizers/toy.model"]
+    assert files == {path.name: (path.stat().st_size, shards.sha256_file(path)) for path in there}
+
+
+@pytest.mark.parametrize("size", [1, 2000])
+def test_units_of_shards_hold_every_document_once_and_those_of_one_split(made, monkeypatch, size):
+    monkeypatch.setattr(sources, "UNIT_BYTES", size)
+    source, told = source_of(made["caselead"]), []
+    units = list(source.units(told.append))
+    texts = [text for unit in units for text in source.reader(unit, Counter())]
+    assert texts == [text for split in prepare.SPLITS for text in texts_of(made["none"], split)]
+    assert [u.first for u in units] == list(itertools.accumulate([u.count for u in units], initial=0))[:-1]
+    assert source.val_docs == 30 and not any(u.first < 30 < u.first + u.count for u in units)
+    assert len(units) > 5 and sum(told) == 2 * sum(len(read_split(source.folder, split)) for split in prepare.SPLITS)
+
+
+def test_documents_of_shards_on_both_sides_leave_training(tmp_path):
+    """Other tokens of the same text are the same tokens once they are made anew."""
+    letters = [CODERS["none"].pieces.index(c) for c in "The\u2581to\u2581be"]
+    manifest = build(tmp_path / "new", by_hand(tmp_path, ["The to be", *TEXTS[:20]], [*TEXTS[20:60], TEXTS[3], letters]), val_docs=None)
+    assert (manifest["disjoint"]["train_dropped"], manifest["val"]["documents"], manifest["train"]["documents"]) == (2, 21, 40)
+    assert prepare.verify(tmp_path / "new/datasets/toy", **QUIET) == []
+
+
+def test_invalid_utf8_in_shards_is_mended_counted_and_told(tmp_path):
+    """Half a character is two bytes to the table, U+FFFD to a decoder, and white space to the tokenizer's normalisation."""
+    the, half = CODERS["none"].sp.encode("The"), [CODERS["none"].pieces.index(f"<0x{byte}>") for byte in ("E2", "82")]
+    source = by_hand(tmp_path, [*TEXTS[:40], [*the, *half], [*the, *half, *the], half, []], [*TEXTS[40:80], [*the, *the, *half]])
+    log = []
+    manifest = build(tmp_path / "new", source, val_docs=None, transform="caselead", log=log.append)
+    assert manifest["mended"] == {"with invalid UTF-8": 4, "without text, left out": 2}
+    assert manifest["denominator"] == {"bytes": source.denominator(CODERS["none"]).bytes, "mended_documents": 3,
+                                       "mended_bytes": 5 + 8 + 2, "mended_bytes_now": 3 + 7 + 0}
+    assert manifest["val"]["bytes"] == manifest["denominator"]["bytes"] - 15 + 10 and manifest["val"]["documents"] == 42
+    assert texts_of(tmp_path / "new", "val")[40:] == ["The", "The The"]
+    assert any(line.endswith("but for 3 documents with invalid UTF-8: 15 bytes there, 10 here") for line in log)
+
+
+def test_another_denominator_stops_before_training_documents_are_done(tmp_path, units_of_2k):
+    source = by_hand(tmp_path, ["two  spaces", *TEXTS[:20]], TEXTS[20:200], MODELS["bytes"])
+    before = sum(len(text.encode()) for text in ["two  spaces", *TEXTS[:20]])
+    now = sum(len(text.encode()) for text in map(CODERS["none"].decode, map(CODERS["none"].encode, ["two  spaces", *TEXTS[:20]])))
+    with pytest.raises(prepare.PrepareError, match=f"val has {now:,} bytes, but the source's tokens stand for {before:,}"):
+        build(tmp_path / "new", source, val_docs=None, tokenizer=save(tmp_path))
+    assert not list(tmp_path.glob("new/datasets/*/fineweb_train*"))
+    assert build(tmp_path / "bytes", source, val_docs=None, vocab_size=260)["val"]["bytes"] == before
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda made, folder, model: (folder / "fineweb_val_000000.bin").unlink(), "fineweb_val_000000.bin: missing"),
+    (lambda made, folder, model: [p.unlink() for p in folder.glob("fineweb_train*")], "no fineweb_train_.*both splits"),
+    (lambda made, folder, model: write_shard(folder / "fineweb_train_000000.bin", [7, 1, 8]), "train_000000.bin begins with token 7"),
+    (lambda made, folder, model: write_shard(folder / "fineweb_train_000001.bin", []), "train_000001.bin: no contest header"),
+    (lambda made, folder, model: write_shard(folder / "fineweb_val_000001.bin", [9, 400]), "toy.model is not.*token 400.*only 400 pieces"),
+    (lambda made, folder, model: model.write_bytes(MODELS["casefold"]), r"toy.model is not.*only \d+ of 30 val documents"),
+    (lambda made, folder, model: model.write_bytes(train_kind(bos_id=2, eos_id=1)), "toy.model: tokenizer: BOS must be 1"),
+    (lambda made, folder, model: model.write_bytes(b"no model"), "toy.model: "),
+    (lambda made, folder, model: write_shard(folder / "fineweb_val_bytes_000000.bin", [0, 1]), "byte sidecars.*no manifest.*operators"),
+    (lambda made, folder, model: (folder / "manifest.json").write_text("{"), "manifest.json is damaged"),
+    (lambda made, folder, model: (folder / "manifest.json").write_text('{"transform": {"name": "rot13"}}'), "'rot13' is not known"),
+    (lambda made, folder, model: shutil.copy(made["casefold"] / "datasets/toy/manifest.json", folder), "'casefold' is lossy"),
+    (lambda made, folder, model: shutil.copy(made["caselead"] / "datasets/toy/manifest.json", folder), "manifest.json names .sha256")])
+def test_shards_that_cannot_be_read_are_refused_by_name(made, tmp_path, change, message):
+    shutil.copytree(made["none"], tmp_path / "copy")
+    (tmp_path / "copy/datasets/toy/manifest.json").unlink()
+    change(made, tmp_path / "copy/datasets/toy", tmp_path / "copy/tokenizers/toy.model")
+    with pytest.raises((sources.SourceError, shards.ShardError), match=message):
+        source_of(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("split, token, message", [("val", 3, "document 20: token 3 stands for unknown text"),
+                                                   ("train", 400, "document 60: token 400, but the tokenizer has 400 pieces")])
+def test_a_token_without_text_is_named_with_its_document(tmp_path, split, token, message):
+    documents = {"val": TEXTS[:20], "train": TEXTS[20:60]}
+    documents[split].append([9, token])
+    with pytest.raises(sources.SourceError, match=message):
+        build(tmp_path / "new", by_hand(tmp_path, **documents), val_docs=None, tokenizer=save(tmp_path))
+
+
+def test_the_split_of_shards_is_theirs_and_they_are_not_written_over(made, tmp_path):
+    shutil.copytree(made["none"], tmp_path / "copy")
+    source = source_of(tmp_path / "copy")
+    with pytest.raises(prepare.PrepareError, match="--val-docs 50: the source's validation shards hold 30 documents"):
+        build(tmp_path, source, val_docs=50)
+    before = contents(tmp_path / "copy")
+    for name in ("toy", "other"):
+        shutil.copy(tmp_path / "copy/tokenizers/toy.model", tmp_path / "copy/tokenizers/other.model")
+        source = sources.Shards(source.folder, tmp_path / "copy/tokenizers/other.model")
+        with pytest.raises(prepare.PrepareError, match="is a source and would be written over"):
+            build(tmp_path / "copy", source, val_docs=None, name=name, force=True)
+    assert contents(tmp_path / "copy").items() >= before.items()
+    assert build(tmp_path, source, val_docs=30, tokenizer=save(tmp_path))["val"]["documents"] == 30
+
+
+def test_the_command_line_takes_shards_with_their_tokenizer_only(made, tmp_path, capsys):
+    folder, model = str(made["caseops"] / "datasets/toy"), str(made["caseops"] / "tokenizers/toy.model")
+    docs = str(jsonl(tmp_path / "docs.jsonl", TEXTS))
+    for args, message in [([folder], "name the tokenizer that made them with --source-tokenizer"),
+                          ([folder, docs, "--source-tokenizer", model], "holds shards, and then it is the only source"),
+                          ([docs, "--source-tokenizer", model], "--source-tokenizer .*toy.model is for a folder of shards"),
+                          ([folder, "--source-tokenizer", "no.model"], "--source-tokenizer no.model is missing")]:
+        with pytest.raises(SystemExit, match=message):
+            prepare.main([*args, "--data-dir", str(tmp_path)])
+    args = [folder, "--source-tokenizer", model, "--vocab-size", "260", "--data-dir", str(tmp_path), "--workers", "1"]
+    assert prepare.main(args) == 0
+    assert f"DATA_PATH={tmp_path / 'datasets/toy_byte260'}" in capsys.readouterr().out
+    assert prepare.main(args) == 0 and "nothing to do" in capsys.readouterr().out
+    assert prepare.main(["--verify", str(tmp_path / "datasets/toy_byte260")]) == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -778,8 +965,8 @@ def test_too_few_documents_are_said(tmp_path):
         build(tmp_path / "b", jsonl(tmp_path / "docs.jsonl", TEXTS), val_docs=400)
 
 
-def save(folder: Path) -> Path:
-    (folder / "given.model").write_bytes(MODELS["none"])
+def save(folder: Path, kind: str = "none") -> Path:
+    (folder / "given.model").write_bytes(MODELS[kind])
     return folder / "given.model"
 
 
