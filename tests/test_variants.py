@@ -142,7 +142,7 @@ def test_every_choice_lives_three_steps(env, shards, tmp_path):
 
 def test_the_list_of_choices_is_complete():
     """Every value of every enumerated knob and both states of every toggle are lived somewhere above."""
-    elsewhere = {"mode", "preset", "attn_backend", "compile_scope", "kernels", "track"}  # processes, presets and kernels have tests of their own
+    elsewhere = {"mode", "preset", "attn_backend", "compile_scope", "kernels", "fp8", "track"}  # processes, presets and kernels have tests of their own
     lived = [config(PRESET="record"), *(toy("record", **env) for env in CHOICES)]
     for f in dataclasses.fields(tg.Config):
         values = {getattr(cfg, f.name) for cfg in lived}
