@@ -5,6 +5,7 @@ exists. Nothing heavy happens here at import: the architecture test runs without
 """
 import dataclasses
 import importlib.util
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +15,10 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# two workers (-n 2) and what they start share two cores: with a thread a core each, everybody would wait for everybody
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+if THREADS == 1:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Everything a forward pass can contain, small enough for a millisecond.
 TINY = dict(
@@ -37,7 +42,7 @@ def trainer():
     if "train_gpt" not in sys.modules:
         load_by_path("train_gpt", ROOT / "train_gpt.py")
         import torch
-        torch.set_num_threads(2)
+        torch.set_num_threads(THREADS)
     return sys.modules["train_gpt"]
 
 
