@@ -362,6 +362,7 @@ def test_artifacts_of_earlier_versions_are_read_where_a_removed_knob_was_off():
 def test_a_removed_knob_stops_the_run(name):
     """LOOP_MIX and ATTN_WINDOW were once passed over in silence: neither word belongs to this contest alone."""
     assert refusal(**{name: 1}).startswith(f"config: {name} was a knob once")
+    assert f"`{name}" in (ROOT / "records" / "README.md").read_text()
 
 
 def test_artifacts_whose_knob_was_text_before_it_was_a_number():
