@@ -193,6 +193,7 @@ class Sweep:
         knobs = runs.knobs_of((self.folder / "program" / "train_gpt.py").read_text(encoding="utf-8")) or {}
         self.shell = {k: v for k, v in os.environ.items() if k not in knobs}
         self.refuse_unread(list(knobs))
+        self.tell_strangers(knobs)
         if retry:
             for file in (self.folder / "failed").glob("*.json"):
                 file.unlink()
@@ -218,6 +219,12 @@ class Sweep:
                 unread = [k for k in changed if k in knobs and k not in read and k != "MODE"]
                 if unread:
                     raise Refused(f"{setting}: MODE={changed['MODE']} does not read {', '.join(unread)}")
+
+    def tell_strangers(self, knobs: dict) -> None:
+        """Say what is no knob of the program: it may be meant for a library, or mistyped, and then every run with it ends at once."""
+        told = {k for changed in self.spec.settings.values() for k in changed if knobs and k not in knobs}
+        if told:
+            self.say(f"no knob of the program, passed on as it is: {', '.join(sorted(told))}")
 
     def keep_plan(self) -> None:
         """Remember every run's knobs; Refused if one that exists was made with others."""

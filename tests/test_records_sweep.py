@@ -338,6 +338,14 @@ def test_settings_of_evaluation_cannot_change_training(tmp_path):
             sweep.Sweep(spec, tmp_path / "out", tmp_path, [{}], 1, False)
 
 
+def test_what_is_no_knob_is_told_before_the_first_run(tmp_path):
+    (tmp_path / "train_gpt.py").write_text((ROOT / "train_gpt.py").read_text())
+    said = []
+    spec = spec_of(tmp_path, 'name="s"\nseeds=[1]\n[base]\nNCCL_DEBUG="INFO"\n[settings.x]\nATTN_GATEE="none"\n[settings.y]\nATTN_GATE="none"\n')
+    sweep.Sweep(spec, tmp_path / "out", tmp_path, [{}], 1, False, said.append)
+    assert said == ["no knob of the program, passed on as it is: ATTN_GATEE, NCCL_DEBUG"]
+
+
 def test_a_run_that_says_it_broke_a_rule_is_done_and_shown(place):
     (place / "train_gpt.py").write_text(PROGRAM.replace("failures=[]", 'failures=["eval budget overrun"]'))
     done = run(place, "--slots", "3")
