@@ -96,6 +96,15 @@ def test_a_hopper_gpu_runs_the_form_that_was_asked_for(fp8, tmp_path, monkeypatc
     assert [(form, [x.shape for x in inputs[:3]]) for form, inputs in called] == [(fp8, [(3, 16), (32, 16), (16, 32)])]
 
 
+def test_fp8_that_cannot_run_is_said_loudly(tmp_path):
+    cfg = config(PRESET="record", FP8="mlp")
+    run = make_run(tmp_path, cfg)
+    run.open_log(cfg)
+    chosen = tg.choose_kernels(cfg, run)
+    run.close()
+    assert chosen.mlp is tg.mlp_eager and "FP8=mlp needs the fused MLP on a Hopper GPU" in run.path(".txt").read_text().split(tg.RULER)[-1]
+
+
 def test_fused_kernels_that_cannot_run_stop_the_run(tmp_path):
     cfg = config(PRESET="record", KERNELS="triton")
     with pytest.raises(tg.ConfigError, match="KERNELS=triton"):
