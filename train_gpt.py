@@ -89,7 +89,6 @@ def installed(module: str) -> bool:
 
 HAVE = {
     "cuda": torch.cuda.is_available(),
-    "fa4": installed("flash_attn.cute"),  # CuTe kernels compiled at run time
     "fa3": installed("flash_attn_interface"),  # prebuilt Hopper wheel
     "triton": torch.cuda.is_available() and installed("triton"),  # our own kernels; on a CPU their eager twins run
     "varlen": torch.cuda.is_available(),  # part of torch, FlashAttention-2 inside
@@ -193,7 +192,7 @@ class ModelKnobs:
 @dataclass(frozen=True)
 class OptimKnobs:
     """Kernels, optimisers and schedules."""
-    attn_backend: str = knob("auto", "auto: the first that works here", ("auto", "fa4", "fa3", "varlen", "sdpa", "eager"))
+    attn_backend: str = knob("auto", "auto: the first that works here", ("auto", "triton", "fa3", "varlen", "sdpa", "eager"))
     kernels: str = knob("auto", "own operations fused in Triton (auto: on a GPU) or eager twins", ("auto", "triton", "eager"))
     fp8: str = knob("none", "products that run in FP8 while weights learn: the MLP's along the channels", ("none", "mlp"))
     compile_scope: str = knob("auto", "torch.compile sees nothing, or a block at a time (auto: on a GPU)", ("auto", "none", "block"))
@@ -1245,6 +1244,22 @@ def attention_eager(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -
     return torch.einsum("hqk,khe->qhe", weights, v.float()).to(q.dtype)
 
 
+def exclude_self(y: Tensor, v: Tensor) -> Tensor:
+    """XSA: remove from each head's output its component along the token's own value. y [T, H, E], v [T, K, E]
+
+    A head can always copy its own token through the residual stream; this leaves attention to the others. (PR #287)
+    """
+    y_TKGE, v_TK1E = y.unflatten(1, (v.shape[1], -1)), v[:, :, None]  # G query heads share a kv head
+    along = (y_TKGE * v_TK1E).sum(-1, keepdim=True) / v_TK1E.square().sum(-1, keepdim=True).clamp_min(1e-12)
+    return torch.addcmul(y_TKGE, along, v_TK1E, value=-1).flatten(1, 2)
+
+
+def finish_heads(y: Tensor, v: Tensor, xsa: bool, gate: Tensor | None) -> Tensor:
+    """What comes between attention and its output's product: XSA, and a factor a head [T, H] or [H]. y [T, H, E] -> [T, H, E]"""
+    y = exclude_self(y, v) if xsa else y
+    return y if gate is None else y * gate[..., None]
+
+
 def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
     """Segments padded to the longest, then torch's dense causal attention. Padding lies behind every real token."""
     T, H, E = q.shape
@@ -1299,33 +1314,193 @@ def operator(name: str, like: Callable, kept: Callable | None = None) -> Callabl
     return register
 
 
-# FlashAttention-4 compiles its own kernels at run time, which torch.compile cannot look into: as two opaque operators
-# with known output shapes it stays one node of the graph, forward and backward.
-@operator("fa4", lambda q, k, v, cu, longest: (torch.empty_like(q, memory_format=torch.contiguous_format),
-                                               q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)),
-          lambda q, k, v, cu, longest, out, lse: (q, k, v, out, lse, cu, longest))
-def fa4_op(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """Output [T, H, E] and log-sum-exp [H, T]."""
-    from flash_attn.cute.interface import _flash_attn_fwd
-    warnings.filterwarnings("ignore", message=".*JitArgument.*")  # its compiler's note about an argument we do not use
-    return tuple(_flash_attn_fwd(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest,
-                                 causal=True, return_lse=True)[:2])
+if installed("triton"):  # on a CPU too: its interpreter runs the kernels there, for tests
+    import triton
+    import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    # Rows are taken B at a time across the borders of segments, so none is padded: what a row sees begins at FIRST[row] and
+    # ends with itself, and who sees it ends before STOP[row]. Only a block's own square, and one with a border, need a mask.
+    @triton.jit
+    def reach(FIRST, begin, T, B: tl.constexpr):
+        """A block's rows and where each one's segment begins, the lowest key seen, up to where all see all, and the end."""
+        row, end, low = begin + tl.arange(0, B), tl.minimum(begin + B, T), tl.load(FIRST + begin)
+        plain = tl.where(tl.load(FIRST + end - 1) == low, low + (begin - low) // B * B, low)
+        return row, tl.load(FIRST + row, mask=row < T, other=0), low, plain, end
+
+    @triton.jit
+    def sight(row, key, first):
+        return (key[None, :] <= row[:, None]) & (key[None, :] >= first[:, None])
+
+    @triton.jit
+    def weigh(q, k, v, l, acc, seen, scale, shift):
+        """Adds a block's exponentials, less a row's shift, and what they weigh."""
+        z = tl.dot(q, k.T) * scale - shift[:, None]
+        p = tl.exp2(z if seen is None else tl.where(seen, z, -1e30))
+        return l + tl.sum(p, 1), tl.dot(p.to(v.dtype), v, acc)
+
+    @triton.jit
+    def attend_forward(Q, K, V, OUT, LSE, ALONG, GATE, FIRST, T, scale, H: tl.constexpr, G: tl.constexpr, E: tl.constexpr,
+                       B: tl.constexpr, XSA: tl.constexpr, GATED: tl.constexpr):
+        """OUT of a block of rows and one head: without its part ALONG the token's own value, times its gate; LSE to base 2."""
+        head, begin = tl.program_id(0), tl.program_id(1) * B
+        row, first, low, plain, end = reach(FIRST, begin, T, B)
+        own, at = head // G * E, head * T + row  # the group's keys and values
+        q, l, acc = Q.load([begin, head * E]), tl.zeros([B], tl.float32), tl.zeros([B, E], tl.float32)
+        # no running maximum: keys are normed, so no score is above |q| sqrt(E), 2^82 for a gain of 5, and fp32 ends at 2^128
+        shift = tl.maximum(tl.sqrt(E * tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)) * scale - 100, 0.0)
+        for j in range(low, plain, B):
+            l, acc = weigh(q, K.load([j, own]), V.load([j, own]), l, acc, None, scale, shift)
+        for j in range(plain, end, B):
+            l, acc = weigh(q, K.load([j, own]), V.load([j, own]), l, acc, sight(row, j + tl.arange(0, B), first), scale, shift)
+        l = tl.maximum(l, 1e-37)  # a row that sees nothing but what is far below the bound
+        y = acc / l[:, None]
+        if XSA:
+            v = V.load([begin, own]).to(tl.float32)
+            along = tl.sum(y * v, 1) / tl.maximum(tl.sum(v * v, 1), 1e-12)
+            tl.store(ALONG + at, along, mask=row < T)
+            y -= along[:, None] * v
+        if GATED:
+            y *= tl.load(GATE + row * H + head, mask=row < T, other=0.0).to(tl.float32)[:, None]
+        OUT.store([begin, head * E], y.to(OUT.dtype))
+        tl.store(LSE + at, shift + tl.log2(l), mask=row < T)
+
+    @triton.jit
+    def steep(q, k, g, v, lse, delta, seen, scale):
+        """d nats / d scores of a block."""
+        p = tl.exp2(tl.dot(q, k.T) * scale - lse[:, None])
+        p = p if seen is None else tl.where(seen, p, 0.0)
+        return (p * (tl.dot(g, v.T) - delta[:, None])).to(k.dtype)
+
+    @triton.jit
+    def attend_queries(Q, K, V, OUT, GRAD, DQ, INNER, SELF, LSE, ALONG, GATE, DELTA, DGATE, FIRST, T, scale, natural, H: tl.constexpr,
+                       G: tl.constexpr, E: tl.constexpr, B: tl.constexpr, XSA: tl.constexpr, GATED: tl.constexpr):
+        """DQ of a block of rows and one head. Also what keys need then: DELTA = sum_j p_j dp_j, with XSA or a gate the gradient
+        INNER of attention's own output, with XSA the gradient SELF of the token's own value."""
+        head, begin = tl.program_id(0), tl.program_id(1) * B
+        row, first, low, plain, end = reach(FIRST, begin, T, B)
+        own, at, gate = head // G * E, head * T + row, tl.full([B], 1.0, tl.float32)
+        delta = tl.sum(GRAD.load([begin, head * E]).to(tl.float32) * OUT.load([begin, head * E]).to(tl.float32), 1)
+        tl.store(DELTA + at, delta, mask=row < T)  # neither a factor nor a projection changes it
+        if GATED:
+            gate = tl.load(GATE + row * H + head, mask=row < T, other=1.0).to(tl.float32)
+            tl.store(DGATE + row * H + head, tl.where(gate == 0, 0.0, delta / gate).to(DGATE.dtype.element_ty), mask=row < T)
+        g = GRAD.load([begin, head * E])  # again, as below: three tiles at once would not fit into registers
+        g = (g.to(tl.float32) * gate[:, None]).to(g.dtype) if GATED else g
+        if XSA:
+            v, along = V.load([begin, own]).to(tl.float32), tl.load(ALONG + at, mask=row < T, other=0.0)
+            down = tl.sum(g.to(tl.float32) * v, 1) / tl.maximum(tl.sum(v * v, 1), 1e-12)
+            mine = (down * along)[:, None] * v - along[:, None] * g.to(tl.float32)
+            g = (g.to(tl.float32) - down[:, None] * v).to(g.dtype)
+            mine -= tl.where(gate == 0, 0.0, down / gate)[:, None] * OUT.load([begin, head * E]).to(tl.float32)
+            SELF.store([begin, head * E], mine.to(SELF.dtype))
+        if XSA or GATED:
+            INNER.store([begin, head * E], g)
+        q, lse, acc = Q.load([begin, head * E]), tl.load(LSE + at, mask=row < T, other=0.0), tl.zeros([B, E], tl.float32)
+        for j in range(low, plain, B):
+            k = K.load([j, own])
+            acc = tl.dot(steep(q, k, g, V.load([j, own]), lse, delta, None, scale), k, acc)
+        for j in range(plain, end, B):
+            k, seen = K.load([j, own]), sight(row, j + tl.arange(0, B), first)
+            acc = tl.dot(steep(q, k, g, V.load([j, own]), lse, delta, seen, scale), k, acc)
+        DQ.store([begin, head * E], (acc * natural).to(DQ.dtype))
+
+    @triton.jit
+    def gather(k, v, q, g, dk, dv, lse, delta, seen, scale):
+        """Adds what a block of queries says to a block of keys; scores are [keys, queries] here."""
+        p = tl.exp2(tl.dot(k, q.T) * scale - lse[None, :])
+        p = p if seen is None else tl.where(seen, p, 0.0)
+        dv = tl.dot(p.to(g.dtype), g, dv)
+        return tl.dot((p * (tl.dot(v, g.T) - delta[None, :])).to(q.dtype), q, dk), dv
+
+    @triton.jit
+    def attend_keys(Q, K, V, INNER, SELF, DK, DV, LSE, DELTA, FIRST, STOP, T, scale, natural, G: tl.constexpr, E: tl.constexpr,
+                    B: tl.constexpr, XSA: tl.constexpr):
+        """DK and DV of a block of keys of one kv head, whose query heads take turns, so that nothing is added up in memory."""
+        kv, begin = tl.program_id(0), tl.program_id(1) * B
+        key, end = begin + tl.arange(0, B), tl.minimum(begin + B, T)
+        stop = tl.load(STOP + end - 1)
+        blocks, alone = tl.cdiv(stop - begin, B), tl.load(FIRST + end - 1) <= begin
+        # blocks of queries from `early` to `late` see all keys, and none of another segment is among them
+        early, late = tl.where(alone, 1, blocks), tl.where(alone, tl.maximum(1, (stop - begin) // B), blocks)
+        k, v, dk, dv = K.load([begin, kv * E]), V.load([begin, kv * E]), tl.zeros([B, E], tl.float32), tl.zeros([B, E], tl.float32)
+        for turn in range(early * G, late * G):
+            i, head = begin + turn // G * B, kv * G + turn % G
+            at = head * T + i + tl.arange(0, B)
+            dk, dv = gather(k, v, Q.load([i, head * E]), INNER.load([i, head * E]), dk, dv, tl.load(LSE + at), tl.load(DELTA + at), None, scale)
+        for turn in range(0, (early + blocks - late) * G):
+            i, head = begin + (turn // G + tl.where(turn < early * G, 0, late - early)) * B, kv * G + turn % G
+            row = i + tl.arange(0, B)
+            at, real = head * T + row, row < T
+            first = tl.load(FIRST + row, mask=real, other=T)
+            seen = (key[:, None] <= row[None, :]) & (key[:, None] >= first[None, :])
+            dk, dv = gather(k, v, Q.load([i, head * E]), INNER.load([i, head * E]), dk, dv, tl.load(LSE + at, mask=real, other=0.0),
+                            tl.load(DELTA + at, mask=real, other=0.0), seen, scale)
+        if XSA:
+            for head in range(kv * G, kv * G + G):
+                dv += SELF.load([begin, head * E]).to(tl.float32)
+        DK.store([begin, kv * E], (dk * natural).to(DK.dtype))
+        DV.store([begin, kv * E], dv.to(DV.dtype))
 
 
-@operator("fa4_backward", lambda grad, q, k, v, *rest: tuple(
-    torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)))
-def fa4_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu: Tensor,
-                    longest: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
-    from flash_attn.cute.interface import _flash_attn_bwd
-    return tuple(_flash_attn_bwd(q, k, v, out, grad.contiguous(), lse, causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu,
-                                 max_seqlen_q=longest, max_seqlen_k=longest,
-                                 deterministic=torch.are_deterministic_algorithms_enabled())[:3])
+ATTEND = (64, 4, (3, 2, 2))  # rows of a block, warps, stages of the three kernels
 
 
-def attention_fa4(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
-    """FlashAttention-4 (CuTe kernels, Hopper and later)."""
-    return torch.ops.golf.fa4(q, k, v, cu, longest)[0]
+def heads_by(rows: int, *tensors: Tensor) -> list:
+    """Descriptors of heads [T, H, E] as rows [T, H E] of any stride, read and written by blocks of one head."""
+    for x in tensors:
+        assert x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2]), "heads must lie side by side"
+    return [TensorDescriptor(x, [len(x), x.shape[1] * x.shape[2]], [x.stride(0), 1], [rows, x.shape[2]]) for x in tensors]
+
+
+@operator("attend", lambda q, k, v, gate, first, stop, xsa: (torch.empty_like(q, memory_format=torch.contiguous_format), *(
+    q.new_empty(q.shape[1], len(q) if kept else 0, dtype=torch.float32) for kept in (True, xsa))),
+    lambda q, k, v, gate, first, stop, xsa, y, lse, along: (q, k, v, gate, first, stop, y, lse, along, xsa))
+def attend_op(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tensor, stop: Tensor, xsa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """finish_heads of attention [T, H, E], log-sum-exp to base 2 [H, T], and with xsa how much of its own value a token saw [H, T]."""
+    (T, H, E), (B, warps, stages) = q.shape, ATTEND
+    y, lse, along = torch.empty_like(q, memory_format=torch.contiguous_format), *(
+        q.new_empty(H, T if kept else 0, dtype=torch.float32) for kept in (True, xsa))
+    attend_forward[H, triton.cdiv(T, B)](*heads_by(B, q, k, v, y), lse, along, gate, first, T, math.log2(math.e) / math.sqrt(E), H,
+                                         H // k.shape[1], E, B, xsa, gate.numel() > 0, num_warps=warps, num_stages=stages[0])
+    return y, lse, along
+
+
+@operator("attend_backward", lambda grad, q, k, v, gate, *rest: tuple(
+    torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, gate)))
+def attend_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tensor, stop: Tensor, y: Tensor, lse: Tensor,
+                       along: Tensor, xsa: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the gate, in two kernels without atomics: the same digits each time."""
+    (T, H, E), K, (B, warps, stages), gated, grad = q.shape, k.shape[1], ATTEND, gate.numel() > 0, grad.contiguous()
+    dq, dk, dv, dgate = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, gate))
+    delta, inner, mine = torch.empty_like(lse), torch.empty_like(y) if xsa or gated else grad, torch.empty_like(y) if xsa else y
+    scale, blocks = 1 / math.sqrt(E), triton.cdiv(T, B)
+    attend_queries[H, blocks](*heads_by(B, q, k, v, y, grad, dq, inner, mine), lse, along, gate, delta, dgate, first, T, scale * math.log2(math.e),
+                              scale, H, H // K, E, B, xsa, gated, num_warps=warps, num_stages=stages[1])
+    attend_keys[K, blocks](*heads_by(B, q, k, v, inner, mine, dk, dv), lse, delta, first, stop, T, scale * math.log2(math.e), scale, H // K, E, B,
+                           xsa, num_warps=warps, num_stages=stages[2])
+    return dq, dk, dv, dgate
+
+
+# Opaque too: as torch 2.11 compiled it for a GPU, the loss was NaN.
+@operator("segments", lambda cu, tokens: cu.new_empty(2, tokens))
+def segments_op(cu: Tensor, tokens: int) -> Tensor:
+    """Where every token's segment begins and ends [2, T]."""
+    ends = torch.searchsorted(cu[1:], torch.arange(tokens, device=cu.device, dtype=cu.dtype), right=True)
+    return torch.stack((cu[ends], cu[ends + 1]))
+
+
+def attention_whole(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, xsa: bool, gate: Tensor | None) -> Tensor:
+    """`finish_heads` of attention in one kernel forward, two backward."""
+    first, stop = torch.ops.golf.segments(cu, len(q)).unbind()
+    inside = gate.contiguous() if gate is not None and gate.dim() == 2 else q.new_empty(0)
+    y = torch.ops.golf.attend(q, k, v, inside, first, stop, xsa)[0]
+    return y if gate is None or inside.numel() else y * gate[..., None]
+
+
+def attention_triton(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
+    """Our own (Triton, Hopper and later): blocks of rows whatever the segments, faster than FlashAttention-4 on short ones."""
+    return attention_whole(q, k, v, cu, longest, False, None)
 
 
 def ring_view(begin: Tensor, rows: int, window: int) -> Tensor:
@@ -1355,10 +1530,7 @@ def attention_cached_eager(q: Tensor, k: Tensor, v: Tensor, past: tuple) -> Tens
     return y.unflatten(2, (q_.shape[3], -1)).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)
 
 
-if installed("triton"):  # on a CPU too: its interpreter runs the kernels there, for tests
-    import triton
-    import triton.language as tl
-
+if installed("triton"):
     # Both kernels: one program a (slot, kv head); its rows are the C new tokens of all G query heads of the group. The
     # past is read once, block by block, and takes no gradient, so the backward pass needs no atomics either.
     @triton.jit
@@ -1513,7 +1685,7 @@ def renew_rows(theta: Tensor, grad: Tensor, first: Tensor | None, second: Tensor
     theta.sub_((move + decay * theta) * (lr * learns))
 
 
-ATTENTION = {"fa4": attention_fa4, "fa3": attention_fa3, "varlen": attention_varlen, "sdpa": attention_sdpa,
+ATTENTION = {"triton": attention_triton, "fa3": attention_fa3, "varlen": attention_varlen, "sdpa": attention_sdpa,
              "eager": attention_eager}
 
 
@@ -1521,6 +1693,8 @@ def try_attention(name: str, cfg: Config, run: Run) -> str:
     """Run a backend forward and backward on four short segments; the error's text, empty if it agrees with eager."""
     if name in HAVE and not (HAVE[name] and HAVE["cuda"]):  # sdpa and eager are torch itself
         return "not installed" if not HAVE[name] else "needs a GPU"
+    if name == "triton" and torch.cuda.get_device_capability() < (9, 0):
+        return "made for Hopper and later"
     # a one-token segment breaks careless kernels
     cu = torch.tensor([0, 1, 70, 200, 256], dtype=torch.int32, device=run.device)
     heads = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
@@ -1608,7 +1782,7 @@ if installed("triton"):
             tl.store(at + c, slope.to(LOGITS.dtype.element_ty), mask=c < V)
 
 
-# The fused form as an opaque operator, like FlashAttention-4 above: it stays one node of a compiled graph, and reads and
+# The fused form as an opaque operator, like attention above: it stays one node of a compiled graph, and reads and
 # writes every row once. What it saves is in the speed log of records/README.md.
 @operator("head_nll", lambda h, weight, targets, cap, learns: (
     h.new_empty(len(h), dtype=torch.float32), h.new_empty(*((len(h), len(weight)) if learns else (0,)))),
@@ -1641,8 +1815,6 @@ def mlp_eager(x: Tensor, up: nn.Module, down: nn.Module, slope: float) -> Tensor
 
 
 if installed("triton"):
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     @triton.jit
     def activate(acc, HIDDEN, OUT, LOW, rows, m, n, slope, gain, LEARN: tl.constexpr, FP8: tl.constexpr):
         """The epilogue of hidden_product for part of a tile."""
@@ -1795,6 +1967,7 @@ class Kernels(NamedTuple):
     attend: Callable = attention_sdpa
     nll: Callable = head_nll_eager
     mlp: Callable = mlp_eager
+    whole: Callable | None = None  # attention and what `finish_heads` does to it in one
 
 
 def choose_kernels(cfg: Config, run: Run) -> Kernels:
@@ -1808,7 +1981,8 @@ def choose_kernels(cfg: Config, run: Run) -> Kernels:
     hopper = fused and torch.cuda.get_device_capability() >= (9, 0)
     if cfg.fp8 != "none" and not hopper:
         run.warn(f"FP8={cfg.fp8} needs the fused MLP on a Hopper GPU: its products stay in {str(run.dtype).removeprefix('torch.')}")
-    return Kernels(attend, nll, functools.partial(mlp_fused, fp8=cfg.fp8 == "mlp") if hopper else mlp_eager)
+    mlp = functools.partial(mlp_fused, fp8=cfg.fp8 == "mlp") if hopper else mlp_eager
+    return Kernels(attend, nll, mlp, attention_whole if attend is attention_triton else None)
 
 
 # Newton-Schulz coefficients (a, b, c) of X <- aX + (bA + cA^2)X, A = XX^T. Polar Express: per-iteration minimax
@@ -1906,16 +2080,6 @@ class Rotary(nn.Module):
         return angle.cos(), angle.sin()
 
 
-def exclude_self(y: Tensor, v: Tensor) -> Tensor:
-    """XSA: remove from each head's output its component along the token's own value. y [T, H, E], v [T, K, E]
-
-    A head can always copy its own token through the residual stream; this leaves attention to the others. (PR #287)
-    """
-    y_TKGE, v_TK1E = y.unflatten(1, (v.shape[1], -1)), v[:, :, None]  # G query heads share a kv head
-    along = (y_TKGE * v_TK1E).sum(-1, keepdim=True) / v_TK1E.square().sum(-1, keepdim=True).clamp_min(1e-12)
-    return torch.addcmul(y_TKGE, along, v_TK1E, value=-1).flatten(1, 2)
-
-
 class GateKind(NamedTuple):
     """gate_TH = outer * sigmoid(inner * (W x + bias)); reads: leading channels ("window"), all of them, or none."""
     reads: str
@@ -2008,11 +2172,12 @@ class Attention(nn.Module):
             v = v + self.value_scale.to(v.dtype) * values.embedded.view_as(v)
         if self.value_mix is not None:
             v = self.value_mix(v, values.first)
-        y = self.kernels.attend(q, k, v, cu, longest) if past is None else attention_cached(q, k, v, past)
-        if self.xsa:  # the same v that attention used
-            y = exclude_self(y, v)
-        if self.gate is not None:
-            y = y * self.gate(x)[..., None]
+        gate = self.gate(x) if self.gate is not None else None
+        if past is None and self.kernels.whole is not None:
+            y = self.kernels.whole(q, k, v, cu, longest, self.xsa, gate)
+        else:
+            y = self.kernels.attend(q, k, v, cu, longest) if past is None else attention_cached(q, k, v, past)
+            y = finish_heads(y, v, self.xsa, gate)  # the same v that attention used
         kept = (v if self.gives_values else None, *((k, v) if past is not None else (None, None)))
         return corrected(self.o(y.flatten(1)), x, lora.o), kept
 

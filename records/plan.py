@@ -37,7 +37,7 @@ def trace(tg, cfg, layer: int, tokens: int) -> list:
     from torch._inductor import compile_fx
     from torch._inductor.decomposition import select_decomp_table
     from torch._subclasses.fake_tensor import FakeTensorMode
-    block = tg.Block(cfg, layer, tg.Kernels(tg.attention_fa4, mlp=tg.mlp_fused))
+    block = tg.Block(cfg, layer, tg.Kernels(tg.attention_triton, mlp=tg.mlp_fused, whole=tg.attention_whole))
     lanes = cfg.parallel_residual == "two" and layer >= cfg.parallel_start_layer
     graphs = []
 

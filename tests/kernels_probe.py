@@ -45,7 +45,7 @@ def compare(fast, eager, inputs, *rest):
         out = f(*mine, *rest)
         out = out if isinstance(out, tuple) else (out,)
         torch.manual_seed(1)
-        total = sum((o * torch.randn_like(o)).sum() for o in out)
+        total = sum((o * torch.randn(o.shape)).sum() for o in out)  # not randn_like, which follows strides
         results.append([*out, *torch.autograd.grad(total, mine)])
     return max(map(error, *results))
 
@@ -105,10 +105,24 @@ def cached(slots, rows, heads, window, begin):
                                                             torch.randn(slots * rows, 2 * heads, width)])
 
 
+def attended(borders, heads, xsa, factors, gain=1.0):
+    """Attention and its ending over segments that fill no block, a one-token and an empty one among them."""
+    total, (queries, keys) = borders[-1], heads
+    cu, rows = torch.tensor(borders, dtype=torch.int32), torch.randn(total, queries + 2 * keys, 32)
+    rows[:, :queries + keys] = tg.norm(rows[:, :queries + keys])
+    rows[:, :queries] *= gain
+
+    def form(f):
+        return lambda rows, *gate: f(*rows.split((queries, keys, keys), 1), *gate)
+    whole = form(lambda q, k, v, gate=None: tg.attention_whole(q, k, v, cu, total, xsa, gate))
+    eager = form(lambda q, k, v, gate=None: tg.finish_heads(tg.attention_eager(q, k, v, cu, total), v, xsa, gate))
+    return compare(whole, eager, [rows, *([torch.rand(*factors)] if factors else [])])
+
+
 def network(looping):
     """Loss of a whole toy network, and the gradient of every parameter, with a one-token and an empty segment."""
     row, results = make_row(quiet_run(small())), []
-    for kernels in (tg.Kernels(), tg.Kernels(tg.attention_sdpa, tg.head_nll_fused, tg.mlp_fused)):
+    for kernels in (tg.Kernels(), tg.Kernels(tg.attention_triton, tg.head_nll_fused, tg.mlp_fused, tg.attention_whole)):
         model = lively(small(), None, looping)
         model = rebuilt(model, kernels, looping)
         loss = model.nll(*row)
@@ -132,5 +146,9 @@ found = {f"nll {c}": nll(*c) for c in ((7, 64, 30.0), (5, 50, 15.0), (1, 300, 5.
 found |= {f"mlp {c}": mlp(*c) for c in ((300, 64, 264, 0.5), (1, 32, 64, 0.0), (129, 96, 520, 0.5))}
 found |= {f"fp8 {c}": mlp8(*c) for c in ((300, 64, 272, 0.5), (1, 32, 64, 0.0))}
 found |= {f"cached {c}": cached(*c) for c in ((3, 5, 2, 64, (0, 7, 64)), (2, 16, 1, 40, (41, 500)))}
+ODD, WHOLE = (0, 1, 2, 67, 100, 100, 101, 333), (0, 64, 128, 192, 192, 192)
+found |= {f"attended {c}": attended(*c) for c in (
+    (ODD, (4, 2), True, (333, 4)), (WHOLE, (4, 2), True, ()), (ODD, (4, 1), False, (333, 4)), (WHOLE, (2, 2), False, ()),
+    ((0, 20, 40, 77), (4, 2), True, (4,)), (ODD, (4, 2), True, (), 20.0))}  # that gain is four times what fp32 could bear unshifted
 found |= {f"network looping={c}": network(c) for c in (False, True)}
 print(json.dumps(found))

@@ -27,19 +27,20 @@ def errors():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kind, cases, bound", [("nll", 3, 2e-6), ("mlp", 3, 2e-6), ("fp8", 2, 1e-2), ("cached", 2, 2e-6), ("network", 2, 1e-3)])
+@pytest.mark.parametrize("kind, cases, bound", [("nll", 3, 2e-6), ("mlp", 3, 2e-6), ("fp8", 2, 1e-2), ("cached", 2, 2e-6),
+                                                ("attended", 6, 5e-6), ("network", 2, 1e-3)])
 def test_interpreted_kernels_equal_their_eager_twins(kind, cases, bound, errors):
     mine = {name: e for name, e in errors.items() if name.startswith(kind)}
     assert len(mine) == cases and max(mine.values()) < bound, mine
 
 
-def compiled(kernel, types, fixed, **options):
-    """A kernel in the machine code of a Hopper GPU, which needs none."""
+def compiled(kernel, types, fixed, spilt=0, **options):
+    """A kernel in the machine code of a Hopper GPU, which needs none; `spilt`: stores of registers to memory it may have."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     made = triton.compile(ASTSource(kernel, types | dict.fromkeys(fixed, "constexpr"), fixed), target=GPUTarget("cuda", 90, 32), options=options)
-    assert " STL" not in made.asm["sass"], "registers are spilt to memory"
+    assert made.asm["sass"].count(" STL") <= spilt, "registers are spilt to memory"
     return made
 
 
@@ -56,6 +57,21 @@ def test_the_mlps_kernel_compiles_for_hopper(learn, fp8):
     made = compiled(tg.hidden_product, types, fixed, num_warps=warps, num_stages=stages)
     assert f"wgmma.mma_async.sync.aligned.m64n{width}k{32 if fp8 else 16}.f32.{'e4m3' if fp8 else 'bf16'}" in made.asm["ptx"]
     assert share * (made.metadata.shared + 1024) <= 228 * 1024
+
+
+@pytest.mark.parametrize("ending", [False, True])
+def test_attentions_kernels_compile_for_hopper(ending):
+    """The record's heads: two programs a multiprocessor each; keys spill a few numbers, outside of their loops."""
+    cfg, (rows, warps, stages) = config(PRESET="record"), tg.ATTEND
+    tile = f"tensordesc<bf16[{rows}, {cfg.head_dim}]>"
+    fixed = {"H": cfg.num_heads, "G": cfg.num_heads // cfg.num_kv_heads, "E": cfg.head_dim, "B": rows, "XSA": ending, "GATED": ending}
+    one = {"T": "i32", "scale": "fp32", "natural": "fp32", "LSE": "*fp32", "DELTA": "*fp32", "ALONG": "*fp32", "GATE": "*bf16",
+           "DGATE": "*bf16", "FIRST": "*i32", "STOP": "*i32"}
+    for kernel, depth in zip((tg.attend_forward, tg.attend_queries, tg.attend_keys), stages):
+        names = kernel.arg_names
+        made = compiled(kernel, {n: one.get(n, tile) for n in names if n not in fixed}, {n: x for n, x in fixed.items() if n in names},
+                        spilt=16 if kernel is tg.attend_keys else 0, num_warps=warps, num_stages=depth)
+        assert 2 * (made.metadata.shared + 1024) <= 228 * 1024 and "wgmma.mma_async" in made.asm["ptx"]
 
 
 def test_the_other_kernels_compile_for_hopper():
@@ -75,7 +91,7 @@ def test_the_other_kernels_compile_for_hopper():
 def test_without_a_gpu_the_eager_twins_run(tmp_path):
     cfg = config(PRESET="record")
     chosen = tg.choose_kernels(cfg, make_run(tmp_path, cfg))
-    assert chosen[1:] == (tg.head_nll_eager, tg.mlp_eager)
+    assert chosen[1:] == (tg.head_nll_eager, tg.mlp_eager, None)
 
 
 @pytest.mark.parametrize("fp8", ["none", "mlp"])

@@ -584,7 +584,7 @@ REFUSED = {
     "tokens of another tokenizer in a training shard": (
         lambda lab, a, c: broken_shards(lab, "tokens", foreign_tokens), r"shards_tokens.*VOCAB_SIZE=512"),
     "attention backend that needs a GPU": (
-        lambda lab, a, c: lab.small(ATTN_BACKEND="fa4"), r"ATTN_BACKEND=fa4.*(not installed|needs a GPU)"),
+        lambda lab, a, c: lab.small(ATTN_BACKEND="triton"), r"ATTN_BACKEND=triton.*(not installed|needs a GPU)"),
     "coder that is not installed": (
         lambda lab, a, c: lab.small(COMPRESSOR="zstd", ITERATIONS=2), r"COMPRESSOR=zstd.*not installed"),
 }
@@ -888,7 +888,7 @@ def probe(first):
 
 
 def test_import_without_anything_optional(probe):
-    optional = ("cuda", "fa4", "fa3", "brotli", "zstd")
+    optional = ("cuda", "fa3", "brotli", "zstd")
     assert {k: probe["have"][k] for k in optional} == dict.fromkeys(optional, False)
     assert probe["codecs"] == ["zlib", "lzma"]
 

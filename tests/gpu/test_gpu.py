@@ -62,6 +62,28 @@ def test_attention_backend_equals_eager(name, heads, borders, run):
         assert relative(fast, reference) < 2e-2
 
 
+@pytest.mark.parametrize("borders", BORDERS)
+@pytest.mark.parametrize("xsa, factors", [(True, (4,)), (True, None), (False, ()), (False, None)], ids=str)
+@pytest.mark.parametrize("wide", [64, 128])
+def test_attention_with_its_ending_equals_eager(xsa, factors, borders, wide):
+    """XSA and the gate inside attention's kernels, bf16 against the eager twins in fp32; normed rows at a trained gain."""
+    torch.manual_seed(0)
+    total, cu = borders[-1], torch.tensor(borders, dtype=torch.int32, device="cuda")
+    rows = torch.randn(total, 10, wide, device="cuda")  # as in the network: queries and keys in one row, values behind others
+    q, k = (2.5 * tg.norm(rows[:, :6])).bfloat16().split((4, 2), 1)
+    v, grad = rows.bfloat16()[:, 8:], torch.randn(total, 4, wide, device="cuda")
+    gate = None if factors is None else torch.rand(*((total,) if factors else ()), 4, device="cuda").bfloat16()
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        mine = [x.detach().to(dtype).requires_grad_() for x in (q, k, v, gate) if x is not None]
+        attended = (*mine[:3], cu, 513, xsa, mine[3] if len(mine) > 3 else None)
+        out = tg.attention_whole(*attended) if dtype is torch.bfloat16 else tg.finish_heads(
+            tg.attention_eager(*attended[:5]), mine[2], *attended[5:])
+        results.append([out, *torch.autograd.grad(out, mine, grad.to(dtype))])
+    for fast, reference in zip(*results):
+        assert torch.isfinite(fast).all() and relative(fast, reference) < 1e-2
+
+
 @pytest.mark.parametrize("slots, chunk, window, heads, begin", [
     (5, 16, 256, (8, 4, 64), (0, 7, 255, 256, 1000)), (3, 48, 256, (4, 2, 128), (48, 300, 4096)), (4, 32, 128, (4, 2, 128), (1, 127, 129, 31)),
     (2, 5, 64, (4, 4, 64), (3, 90)), (2, 24, 3072, (8, 4, 64), (3072, 50000)), (2, 24, 3072, (4, 2, 128), (3072, 50000))], ids=str)
