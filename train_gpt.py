@@ -1693,8 +1693,8 @@ def try_attention(name: str, cfg: Config, run: Run) -> str:
     """Run a backend forward and backward on four short segments; the error's text, empty if it agrees with eager."""
     if name in HAVE and not (HAVE[name] and HAVE["cuda"]):  # sdpa and eager are torch itself
         return "not installed" if not HAVE[name] else "needs a GPU"
-    if name == "triton" and torch.cuda.get_device_capability() < (9, 0):
-        return "made for Hopper and later"
+    if name == "triton" and (cfg.kernels == "eager" or torch.cuda.get_device_capability() < (9, 0)):
+        return "KERNELS=eager" if cfg.kernels == "eager" else "made for Hopper and later"
     # a one-token segment breaks careless kernels
     cu = torch.tensor([0, 1, 70, 200, 256], dtype=torch.int32, device=run.device)
     heads = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)

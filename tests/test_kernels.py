@@ -112,6 +112,19 @@ def test_a_hopper_gpu_runs_the_form_that_was_asked_for(fp8, tmp_path, monkeypatc
     assert [(form, [x.shape for x in inputs[:3]]) for form, inputs in called] == [(fp8, [(3, 16), (32, 16), (16, 32)])]
 
 
+@pytest.mark.parametrize("kernels, capability, why", [("eager", (9, 0), "KERNELS=eager"), ("auto", (8, 9), "made for Hopper and later")])
+def test_attentions_own_kernels_are_passed_over(kernels, capability, why, tmp_path, monkeypatch):
+    """Where Triton was not wanted, and on chips they were not made for; asked for by name they stop the run."""
+    cfg = config(PRESET="record", KERNELS=kernels)
+    run = make_run(tmp_path, cfg)
+    for have in ("cuda", "triton"):
+        monkeypatch.setitem(tg.HAVE, have, True)
+    monkeypatch.setattr(tg.torch.cuda, "get_device_capability", lambda: capability)
+    assert tg.try_attention("triton", cfg, run) == why
+    with pytest.raises(tg.ConfigError, match=why):
+        tg.choose_attention(config(PRESET="record", KERNELS=kernels, ATTN_BACKEND="triton"), run)
+
+
 def test_fp8_that_cannot_run_is_said_loudly(tmp_path):
     cfg = config(PRESET="record", FP8="mlp")
     run = make_run(tmp_path, cfg)
