@@ -1458,6 +1458,7 @@ def heads_by(rows: int, *tensors: Tensor) -> list:
     lambda q, k, v, gate, first, stop, xsa, y, lse, along: (q, k, v, gate, first, stop, y, lse, along, xsa))
 def attend_op(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tensor, stop: Tensor, xsa: bool) -> tuple[Tensor, Tensor, Tensor]:
     """finish_heads of attention [T, H, E], log-sum-exp to base 2 [H, T], and with xsa how much of its own value a token saw [H, T]."""
+    assert q.dtype != torch.float16, "exponentials of scores need the range of bf16 or fp32"
     (T, H, E), (B, warps, stages) = q.shape, ATTEND
     y, lse, along = torch.empty_like(q, memory_format=torch.contiguous_format), *(
         q.new_empty(H, T if kept else 0, dtype=torch.float32) for kept in (True, xsa))

@@ -16,6 +16,6 @@ say() { echo "[$(date +%T), $(left) s left] $*"; }
 timeout "$(left)" python3 -m pytest tests/gpu -q -p no:cacheprovider > "$out/tests.txt" 2>&1
 say "tests: $(tail -1 "$out/tests.txt")"
 timeout "$(left)" python3 tests/gpu/tiles.py > "$out/tiles.txt" 2>&1
-say "tiles: $(grep -m1 forward "$out/tiles.txt") | $(grep -m1 backward "$out/tiles.txt")"
+say "tiles: $(grep -m1 "^forward" "$out/tiles.txt") | $(grep -m1 "^backward" "$out/tiles.txt") | $(grep -m1 "^attention with" "$out/tiles.txt")"
 timeout --signal TERM --kill-after 40 "$(left)" python3 records/sweep.py "$spec" --out "$out" --base "$@"
 say "sweep ended ($?)"
