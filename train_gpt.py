@@ -1453,27 +1453,34 @@ def heads_by(rows: int, *tensors: Tensor) -> list:
     return [TensorDescriptor(x, [len(x), x.shape[1] * x.shape[2]], [x.stride(0), 1], [rows, x.shape[2]]) for x in tensors]
 
 
-@operator("attend", lambda q, k, v, gate, first, stop, xsa: (torch.empty_like(q, memory_format=torch.contiguous_format), *(
-    q.new_empty(q.shape[1], len(q) if kept else 0, dtype=torch.float32) for kept in (True, xsa))),
-    lambda q, k, v, gate, first, stop, xsa, y, lse, along: (q, k, v, gate, first, stop, y, lse, along, xsa))
+def contiguous_like(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Room for as many numbers, rows one behind the other."""
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
+
+
+def attend_like(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tensor, stop: Tensor, xsa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for what attend gives."""
+    return *contiguous_like(q), *(q.new_empty(q.shape[1], len(q) * kept, dtype=torch.float32) for kept in (1, xsa))
+
+
+@operator("attend", attend_like,
+          lambda q, k, v, gate, first, stop, xsa, y, lse, along: (q, k, v, gate, first, stop, y, lse, along, xsa))
 def attend_op(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tensor, stop: Tensor, xsa: bool) -> tuple[Tensor, Tensor, Tensor]:
     """finish_heads of attention [T, H, E], log-sum-exp to base 2 [H, T], and with xsa how much of its own value a token saw [H, T]."""
     assert q.dtype != torch.float16, "exponentials of scores need the range of bf16 or fp32"
     (T, H, E), (B, warps, stages) = q.shape, ATTEND
-    y, lse, along = torch.empty_like(q, memory_format=torch.contiguous_format), *(
-        q.new_empty(H, T if kept else 0, dtype=torch.float32) for kept in (True, xsa))
+    y, lse, along = attend_like(q, k, v, gate, first, stop, xsa)
     attend_forward[H, triton.cdiv(T, B)](*heads_by(B, q, k, v, y), lse, along, gate, first, T, math.log2(math.e) / math.sqrt(E), H,
                                          H // k.shape[1], E, B, xsa, gate.numel() > 0, num_warps=warps, num_stages=stages[0])
     return y, lse, along
 
 
-@operator("attend_backward", lambda grad, q, k, v, gate, *rest: tuple(
-    torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, gate)))
+@operator("attend_backward", lambda grad, q, k, v, gate, *rest: contiguous_like(q, k, v, gate))
 def attend_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tensor, stop: Tensor, y: Tensor, lse: Tensor,
                        along: Tensor, xsa: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the gate, in two kernels without atomics: the same digits each time."""
     (T, H, E), K, (B, warps, stages), gated, grad = q.shape, k.shape[1], ATTEND, gate.numel() > 0, grad.contiguous()
-    dq, dk, dv, dgate = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, gate))
+    dq, dk, dv, dgate = contiguous_like(q, k, v, gate)
     delta, inner, mine = torch.empty_like(lse), torch.empty_like(y) if xsa or gated else grad, torch.empty_like(y) if xsa else y
     scale, blocks = 1 / math.sqrt(E), triton.cdiv(T, B)
     attend_queries[H, blocks](*heads_by(B, q, k, v, y, grad, dq, inner, mine), lse, along, gate, delta, dgate, first, T, scale * math.log2(math.e),
@@ -1483,17 +1490,15 @@ def attend_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tens
     return dq, dk, dv, dgate
 
 
-# Opaque too: as torch 2.11 compiled it for a GPU, the loss was NaN.
-@operator("segments", lambda cu, tokens: cu.new_empty(2, tokens))
-def segments_op(cu: Tensor, tokens: int) -> Tensor:
-    """Where every token's segment begins and ends [2, T]."""
+def segment_bounds(cu: Tensor, tokens: int) -> Tensor:
+    """Where every token's segment begins and ends [2, T]. Not for compiled code: in torch 2.11's, on a GPU, the loss was NaN."""
     ends = torch.searchsorted(cu[1:], torch.arange(tokens, device=cu.device, dtype=cu.dtype), right=True)
     return torch.stack((cu[ends], cu[ends + 1]))
 
 
-def attention_whole(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, xsa: bool, gate: Tensor | None) -> Tensor:
-    """`finish_heads` of attention in one kernel forward, two backward."""
-    first, stop = torch.ops.golf.segments(cu, len(q)).unbind()
+def attention_whole(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, xsa: bool, gate: Tensor | None) -> Tensor:
+    """`finish_heads` of attention in one kernel forward, two backward; bounds [2, T] by `segment_bounds`."""
+    first, stop = bounds.unbind()
     inside = gate.contiguous() if gate is not None and gate.dim() == 2 else q.new_empty(0)
     y = torch.ops.golf.attend(q, k, v, inside, first, stop, xsa)[0]
     return y if gate is None or inside.numel() else y * gate[..., None]
@@ -1501,7 +1506,7 @@ def attention_whole(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, x
 
 def attention_triton(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
     """Our own (Triton, Hopper and later): blocks of rows whatever the segments, faster than FlashAttention-4 on short ones."""
-    return attention_whole(q, k, v, cu, longest, False, None)
+    return attention_whole(q, k, v, segment_bounds(cu, len(q)), False, None)
 
 
 def ring_view(begin: Tensor, rows: int, window: int) -> Tensor:
@@ -1968,7 +1973,7 @@ class Kernels(NamedTuple):
     attend: Callable = attention_sdpa
     nll: Callable = head_nll_eager
     mlp: Callable = mlp_eager
-    whole: Callable | None = None  # attention and what `finish_heads` does to it in one
+    whole: Callable | None = None  # attention and what `finish_heads` does to it in one, from bounds of segments instead of borders
 
 
 def choose_kernels(cfg: Config, run: Run) -> Kernels:
@@ -2175,7 +2180,7 @@ class Attention(nn.Module):
             v = self.value_mix(v, values.first)
         gate = self.gate(x) if self.gate is not None else None
         if past is None and self.kernels.whole is not None:
-            y = self.kernels.whole(q, k, v, cu, longest, self.xsa, gate)
+            y = self.kernels.whole(q, k, v, cu, self.xsa, gate)
         else:
             y = self.kernels.attend(q, k, v, cu, longest) if past is None else attention_cached(q, k, v, past)
             y = finish_heads(y, v, self.xsa, gate)  # the same v that attention used
@@ -2416,6 +2421,7 @@ class GPT(nn.Module):
         self.lane_post = nn.Parameter(torch.empty(cfg.num_layers, 2, 2)) if two else None
         self.final_lane = {"attn": (1.0, 0.0), "mlp": (0.0, 1.0), "mean": (0.5, 0.5)}[cfg.parallel_final_lane]
         self.head = Head(cfg, kernels)
+        self.bounds = segment_bounds if kernels.whole is not None else None
         self.looping = False  # training turns it on, evaluation always has it on
         self.run: Callable = call  # compile_model may replace it
         self.renew: Callable = renew_rows  # the optimiser step of adapters, likewise
@@ -2432,6 +2438,8 @@ class GPT(nn.Module):
         x = x0.view_as(x0)  # two tensors: torch 2.13 fails on a later shape of a block that got one twice
         # computed once, read by a few layers
         embedded = run(self.value_embedding, ids, x.dtype) if self.value_embedding is not None else None
+        if self.bounds is not None and memory is None:
+            cu = self.bounds(cu, len(ids))  # once a row, not once a visit
         rope, lane, values, stack = self.rotary(pos), None, OtherValues(None, embedded), []
         for i, visit in enumerate(self.plans[self.looping]):
             if visit.skip is not None:

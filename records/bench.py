@@ -171,7 +171,7 @@ def kernels(tg, model, cfg, run, batch) -> list[tuple]:
     work = 4 * pairs * counts[0] * E, 14 * pairs * counts[0] * E
     rows = [("attention", lambda *a: k.attend(*a, batch.cu, batch.longest), attended, wide, 3 * wide, *work)]
     if k.whole:  # what it saves is a kernel behind `attention`, forward and backward
-        rows.append(("attention with XSA and gate", lambda *a: k.whole(*a[:3], batch.cu, batch.longest, True, a[3]),
+        rows.append(("attention with XSA and gate", lambda *a: k.whole(*a[:3], tg.segment_bounds(batch.cu, T), True, a[3]),
                      [*attended, random(T, counts[0])], wide, 3 * wide, *work))
     h, head = random(T, D), (0.1 * torch.randn(V, D, device=run.device)).to(run.dtype)
     logits, work = size * T * V, 2.0 * T * V * D

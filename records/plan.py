@@ -56,18 +56,18 @@ def trace(tg, cfg, layer: int, tokens: int) -> list:
                  for n, p in [*block.named_parameters(), *block.named_buffers()]}
         rows = [torch.empty(tokens, cfg.model_dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(2 + lanes)]
         mix = [torch.empty(2, requires_grad=True), torch.empty(2, 2, requires_grad=True)] if lanes else []
-        rope, cu = [torch.empty(tokens, 1, cfg.rotary_dims) for _ in "cs"], torch.empty(65, dtype=torch.int32)
+        rope, bounds = [torch.empty(tokens, 1, cfg.rotary_dims) for _ in "cs"], torch.empty(2, tokens, dtype=torch.int32)
         wide = cfg.num_kv_heads * cfg.head_dim
         values = [torch.empty(tokens, *shape, dtype=torch.bfloat16, requires_grad=True)  # read only where a knob says so
                   for shape in ((cfg.num_kv_heads, cfg.head_dim), (wide,))]
 
-        def step(state, rows, values, mix, rope, cu):
+        def step(state, rows, values, mix, rope, bounds):
             x, x0, *lane = rows
-            args = x, lane[0] if lane else None, x0, tg.OtherValues(*values), tuple(rope), cu, cfg.train_seq_len, mix or None
+            args = x, lane[0] if lane else None, x0, tg.OtherValues(*values), tuple(rope), bounds, cfg.train_seq_len, mix or None
             return [y for y in torch.func.functional_call(block, state, args)[:2] if y is not None]
         traced = aot_function(step, fw_compiler=keep(False), bw_compiler=keep(True), partition_fn=partition,
                               decompositions=select_decomp_table(), keep_inference_input_mutations=True)
-        out = traced(state, rows, values, mix, rope, cu)
+        out = traced(state, rows, values, mix, rope, bounds)
         torch.autograd.backward(out, [torch.empty_like(y) for y in out])
     return graphs
 

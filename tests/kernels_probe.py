@@ -114,7 +114,7 @@ def attended(borders, heads, xsa, factors, gain=1.0):
 
     def form(f):
         return lambda rows, *gate: f(*rows.split((queries, keys, keys), 1), *gate)
-    whole = form(lambda q, k, v, gate=None: tg.attention_whole(q, k, v, cu, total, xsa, gate))
+    whole = form(lambda q, k, v, gate=None: tg.attention_whole(q, k, v, tg.segment_bounds(cu, total), xsa, gate))
     eager = form(lambda q, k, v, gate=None: tg.finish_heads(tg.attention_eager(q, k, v, cu, total), v, xsa, gate))
     return compare(whole, eager, [rows, *([torch.rand(*factors)] if factors else [])])
 

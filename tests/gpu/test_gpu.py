@@ -76,9 +76,9 @@ def test_attention_with_its_ending_equals_eager(xsa, factors, borders, wide):
     results = []
     for dtype in (torch.bfloat16, torch.float32):
         mine = [x.detach().to(dtype).requires_grad_() for x in (q, k, v, gate) if x is not None]
-        attended = (*mine[:3], cu, 513, xsa, mine[3] if len(mine) > 3 else None)
-        out = tg.attention_whole(*attended) if dtype is torch.bfloat16 else tg.finish_heads(
-            tg.attention_eager(*attended[:5]), mine[2], *attended[5:])
+        ending = xsa, mine[3] if len(mine) > 3 else None
+        out = (tg.attention_whole(*mine[:3], tg.segment_bounds(cu, total), *ending) if dtype is torch.bfloat16 else
+               tg.finish_heads(tg.attention_eager(*mine[:3], cu, 513), mine[2], *ending))
         results.append([out, *torch.autograd.grad(out, mine, grad.to(dtype))])
     for fast, reference in zip(*results):
         assert torch.isfinite(fast).all() and relative(fast, reference) < 1e-2

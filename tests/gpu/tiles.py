@@ -40,7 +40,7 @@ def attention(tg, tokens: int, heads=(4, 2), wide=128) -> None:
     q, k = (2.3 * tg.norm(rows[:, :sum(heads)])).bfloat16().split(heads, 1)
     v, gate = rows[:, sum(heads):].bfloat16(), torch.rand(tokens, heads[0], device="cuda").bfloat16()
     grad = torch.randn(tokens, heads[0], wide, device="cuda").bfloat16()
-    first, stop = torch.ops.golf.segments(cu, tokens).unbind()
+    first, stop = tg.segment_bounds(cu, tokens).unbind()
     print(f"{tokens} tokens in {len(cu) - 1} documents; torch's varlen, forward: "
           f"{replayed(lambda: tg.attention_varlen(q, k, v, cu, 2048)):.3f} ms")
     today, want = tg.ATTEND, {}
