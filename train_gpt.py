@@ -575,6 +575,8 @@ def validate(cfg: Config, world: int) -> None:
         (not d.x0_residual or d.parallel_residual != "two", "X0_RESIDUAL", "two lanes have no single end of a block"),
         (d.fp8 == "none" or d.model_dim % 16 == d.hidden_dim % 16 == 0, "FP8", f"rows of {d.model_dim} and {d.hidden_dim} are no multiples of 16"),
         (d.gate_window <= d.model_dim, "GATE_WINDOW", f"at most MODEL_DIM={d.model_dim}"),
+        (not d.timed or d.gptq_reserve_seconds < d.max_wallclock_seconds, "GPTQ_RESERVE_SECONDS",
+         f"leaves nothing of MAX_WALLCLOCK_SECONDS={d.max_wallclock_seconds:g} for training"),
         (not d.deterministic or d.iterations < 20000 or d.mode != "train", "ITERATIONS",
          "DETERMINISTIC=1 counts progress in steps: say how many"),
     ]
@@ -4667,7 +4669,11 @@ def warm_up(model: GPT, optimizers: Optimizers, stream: TrainStream, cfg: Config
             calibrate(model, cfg, stream.make(0)[:1] * count, stream, run)
             run.clock.switch("reserve probe")
         part = run.clock.read() - start
-    return run.agree(0.5 + 1.1 * part * max(cfg.gptq_calibration_batches / few, 1))
+    reserve, most = run.agree(0.5 + 1.1 * part * max(cfg.gptq_calibration_batches / few, 1)), cfg.max_wallclock_seconds / 2
+    if reserve > most:  # a busy machine is slow for a moment, and a run that only calibrates is worth nothing
+        run.warn(f"Hessians seem to take {reserve:.1f}s of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: half is kept for them, and if that is "
+                 "not enough the run is over its budget; fewer GPTQ_CALIBRATION_BATCHES take less")
+    return min(reserve, most)
 
 
 def train(model: GPT, cfg: Config, run: Run, stream: TrainStream, val: ValidationSet) -> Average:
