@@ -168,11 +168,11 @@ def kernels(tg, model, cfg, run, batch) -> list[tuple]:
     pairs = float((batch.cu.diff().double() ** 2).sum()) / 2
     k = model.blocks[0].attn.kernels
     attended, wide = [random(T, n, E) for n in counts], size * T * (counts[0] + sum(counts)) * E
-    work = 4 * pairs * counts[0] * E, 14 * pairs * counts[0] * E
-    rows = [("attention", lambda *a: k.attend(*a, batch.cu, batch.longest), attended, wide, 3 * wide, *work)]
+    floors = wide, 3 * wide, 4 * pairs * counts[0] * E, 14 * pairs * counts[0] * E
+    rows = [("attention", lambda *a: k.attend(*a, batch.cu, batch.longest), attended, *floors)]
     if k.whole:  # what it saves is a kernel behind `attention`, forward and backward
-        rows.append(("attention with XSA and gate", lambda *a: k.whole(*a[:3], tg.segment_bounds(batch.cu, T), True, a[3]),
-                     [*attended, random(T, counts[0])], wide, 3 * wide, *work))
+        bounds = tg.segment_bounds(batch.cu, T)  # made once a row there, too
+        rows.append(("attention with XSA and gate", lambda *a: k.whole(*a[:3], bounds, True, a[3]), [*attended, random(T, counts[0])], *floors))
     h, head = random(T, D), (0.1 * torch.randn(V, D, device=run.device)).to(run.dtype)
     logits, work = size * T * V, 2.0 * T * V * D
     # with the head's product: written, read and written over, read twice by its gradients

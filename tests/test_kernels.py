@@ -65,7 +65,7 @@ def test_attentions_kernels_compile_for_hopper(ending):
     cfg, (rows, warps, stages) = config(PRESET="record"), tg.ATTEND
     tile = f"tensordesc<bf16[{rows}, {cfg.head_dim}]>"
     fixed = {"H": cfg.num_heads, "G": cfg.num_heads // cfg.num_kv_heads, "E": cfg.head_dim, "B": rows, "XSA": ending, "GATED": ending}
-    one = {"T": "i32", "scale": "fp32", "natural": "fp32", "LSE": "*fp32", "DELTA": "*fp32", "ALONG": "*fp32", "GATE": "*bf16",
+    one = {"T": "i32", "scale": "fp32", "LSE": "*fp32", "DELTA": "*fp32", "ALONG": "*fp32", "GATE": "*bf16",
            "DGATE": "*bf16", "FIRST": "*i32", "STOP": "*i32"}
     for kernel, depth in zip((tg.attend_forward, tg.attend_queries, tg.attend_keys), stages):
         names = kernel.arg_names

@@ -236,7 +236,7 @@ def test_recorded_rows_have_the_gradients_of_launched_ones(scope, run):
     launched = tg.RowGradients(model, list(model.parameters()), run)
     launched.pool = None
     rng, weight = np.random.default_rng(0), torch.full((), 1e-3, device="cuda")
-    with tg.deterministic(cfg):  # FlashAttention-4's sums differ between calls otherwise
+    with tg.deterministic(cfg):  # sums of a library's attention differ between calls otherwise
         for turn in range(3):
             for tokens in (2048, 4096):
                 for model.looping in (False, True):
