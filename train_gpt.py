@@ -88,7 +88,6 @@ def installed(module: str) -> bool:
 
 HAVE = {
     "cuda": torch.cuda.is_available(),
-    "fa3": installed("flash_attn_interface"),  # prebuilt Hopper wheel
     "triton": torch.cuda.is_available() and installed("triton"),  # our own kernels; on a CPU their eager twins run
     "varlen": torch.cuda.is_available(),  # part of torch, FlashAttention-2 inside
     "brotli": installed("brotli"),
@@ -191,7 +190,7 @@ class ModelKnobs:
 @dataclass(frozen=True)
 class OptimKnobs:
     """Kernels, optimisers and schedules."""
-    attn_backend: str = knob("auto", "auto: the first that works here", ("auto", "triton", "fa3", "varlen", "sdpa", "eager"))
+    attn_backend: str = knob("auto", "auto: the first that works here", ("auto", "triton", "varlen", "sdpa", "eager"))
     kernels: str = knob("auto", "own operations fused in Triton (auto: on a GPU) or eager twins", ("auto", "triton", "eager"))
     fp8: str = knob("none", "products that run in FP8 while weights learn: the MLP's along the channels", ("none", "mlp"))
     compile_scope: str = knob("auto", "torch.compile sees nothing, or a block at a time (auto: on a GPU)", ("auto", "none", "block"))
@@ -1282,19 +1281,12 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) 
     return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), **more)
 
 
-def attention_fa3(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
-    """FlashAttention-3 (Hopper), its own torch operators."""
-    from flash_attn_interface import flash_attn_varlen_func
-    out = flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True,
-                                 deterministic=torch.are_deterministic_algorithms_enabled())
-    return out[0] if isinstance(out, tuple) else out
-
-
 def operator(name: str, like: Callable, kept: Callable | None = None) -> Callable:
     """Register a function as one opaque node of compiled graphs; `like` makes its outputs' shapes from its arguments.
 
     `kept` takes from inputs and outputs what the operator NAME_backward gets behind the first output's gradient: tensors,
-    then numbers. It returns the gradients of the first inputs; the others have none.
+    then numbers. It returns the gradients of the first inputs. The next one, if it takes any, was added to the output, whose
+    gradient it gets as it is; the others have none.
     """
     def save(ctx, inputs, output):
         chosen = kept(*inputs, *output)
@@ -1304,7 +1296,7 @@ def operator(name: str, like: Callable, kept: Callable | None = None) -> Callabl
 
     def gradient(ctx, grad, *_):
         found = getattr(torch.ops.golf, f"{name}_backward")(grad, *ctx.saved_tensors, *ctx.numbers)
-        return *found, *[None] * (ctx.inputs - len(found))
+        return *found, grad if ctx.needs_input_grad[len(found)] else None, *[None] * (ctx.inputs - len(found) - 1)
 
     def register(f):
         op = torch.library.custom_op(f"golf::{name}", f, mutates_args=())
@@ -1332,6 +1324,28 @@ if installed("triton"):  # on a CPU too: its interpreter runs the kernels there,
     @triton.jit
     def sight(row, key, first):
         return (key[None, :] <= row[:, None]) & (key[None, :] >= first[:, None])
+
+    @triton.jit
+    def halves(x, B: tl.constexpr, N: tl.constexpr):
+        """The left and the right half of a tile's N columns."""
+        return tl.split(tl.permute(tl.reshape(x, (B, 2, N // 2)), (0, 2, 1)))
+
+    @triton.jit
+    def angles(COS, SIN, row, live, E: tl.constexpr, R: tl.constexpr):
+        """Cosine and sine of the first R / 2 channels; 1 and 0 for the other half of a head, and for rows that do not live."""
+        c = tl.arange(0, E // 2)[None, :]
+        at, turns = row[:, None] * R + c, live[:, None] & (c < R // 2)
+        return tl.load(COS + at, mask=turns, other=1.0), tl.load(SIN + at, mask=turns, other=0.0)
+
+    @triton.jit
+    def turn_back(d, x, gain, ROOT, COS, SIN, at, row, T, E: tl.constexpr, R: tl.constexpr, B: tl.constexpr):
+        """From the gradient of x = gain rotate(norm(z)), a head's rows: that of z, and by row the gain's."""
+        own, live = tl.sum(d * x, 1) / gain, row < T
+        d = tl.load(ROOT + at, mask=live, other=0.0)[:, None] * (gain * d - x * (own / E)[:, None])
+        left, right = halves(d, B, E)
+        cos, sin = angles(COS, SIN, row, live, E, R)
+        d = tl.join(left * cos - right * sin, right * cos + left * sin)
+        return tl.reshape(tl.permute(d, (0, 2, 1)), (B, E)), own
 
     @triton.jit
     def weigh(q, k, v, l, acc, seen, scale, shift):
@@ -1374,10 +1388,11 @@ if installed("triton"):  # on a CPU too: its interpreter runs the kernels there,
         return (p * (tl.dot(g, v.T) - delta[:, None])).to(k.dtype)
 
     @triton.jit
-    def attend_queries(Q, K, V, OUT, GRAD, DQ, INNER, SELF, LSE, ALONG, GATE, DELTA, DGATE, FIRST, T, scale, H: tl.constexpr,
-                       G: tl.constexpr, E: tl.constexpr, B: tl.constexpr, XSA: tl.constexpr, GATED: tl.constexpr):
-        """DQ of a block of rows and one head. Also what keys need then: DELTA = sum_j p_j dp_j, with XSA or a gate the gradient
-        INNER of attention's own output, with XSA the gradient SELF of the token's own value."""
+    def attend_queries(Q, K, V, OUT, GRAD, DQ, INNER, SELF, LSE, ALONG, GATE, DELTA, DGATE, FIRST, ROOT, COS, SIN, GAIN, DGAIN, T, scale,
+                       H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, R: tl.constexpr, B: tl.constexpr, XSA: tl.constexpr,
+                       GATED: tl.constexpr):
+        """DQ of a block of rows and one head, with R before their norm and rotation. Also what keys need then: DELTA = sum_j p_j dp_j,
+        with XSA or a gate the gradient INNER of attention's own output, with XSA the gradient SELF of the token's own value."""
         head, begin = tl.program_id(0), tl.program_id(1) * B
         row, first, low, plain, end = reach(FIRST, begin, T, B)
         own, at, gate = head // G * E, head * T + row, tl.full([B], 1.0, tl.float32)
@@ -1404,8 +1419,12 @@ if installed("triton"):  # on a CPU too: its interpreter runs the kernels there,
         for j in range(plain, end, B):
             k, seen = K.load([j, own]), sight(row, j + tl.arange(0, B), first)
             acc = tl.dot(steep(q, k, g, V.load([j, own]), lse, delta, seen, scale), k, acc)
-        natural = scale * 0.6931471805599453  # `scale` carries log2(e) for exp2; gradients want it without
-        DQ.store([begin, head * E], (acc * natural).to(DQ.dtype))
+        acc *= scale * 0.6931471805599453  # `scale` carries log2(e) for exp2; gradients want it without
+        if R:
+            q = Q.load([begin, head * E]).to(tl.float32)
+            acc, mine = turn_back(acc, q, tl.load(GAIN + head), ROOT, COS, SIN, at, row, T, E, R, B)
+            tl.store(DGAIN + at, mine, mask=row < T)
+        DQ.store([begin, head * E], acc.to(DQ.dtype))
 
     @triton.jit
     def gather(k, v, q, g, dk, dv, lse, delta, seen, scale):
@@ -1416,8 +1435,8 @@ if installed("triton"):  # on a CPU too: its interpreter runs the kernels there,
         return tl.dot((p * (tl.dot(v, g.T) - delta[None, :])).to(q.dtype), q, dk), dv
 
     @triton.jit
-    def attend_keys(Q, K, V, INNER, SELF, DK, DV, LSE, DELTA, FIRST, STOP, T, scale, G: tl.constexpr, E: tl.constexpr,
-                    B: tl.constexpr, XSA: tl.constexpr):
+    def attend_keys(Q, K, V, INNER, SELF, DK, DV, LSE, DELTA, FIRST, STOP, ROOT, COS, SIN, T, scale, H: tl.constexpr, G: tl.constexpr,
+                    E: tl.constexpr, R: tl.constexpr, B: tl.constexpr, XSA: tl.constexpr):
         """DK and DV of a block of keys of one kv head, whose query heads take turns, so that nothing is added up in memory."""
         kv, begin = tl.program_id(0), tl.program_id(1) * B
         key, end = begin + tl.arange(0, B), tl.minimum(begin + B, T)
@@ -1441,8 +1460,11 @@ if installed("triton"):  # on a CPU too: its interpreter runs the kernels there,
         if XSA:
             for head in range(kv * G, kv * G + G):
                 dv += SELF.load([begin, head * E]).to(tl.float32)
-        DK.store([begin, kv * E], (dk * (scale * 0.6931471805599453)).to(DK.dtype))  # as DQ
         DV.store([begin, kv * E], dv.to(DV.dtype))
+        dk *= scale * 0.6931471805599453  # as DQ
+        if R:
+            dk, _ = turn_back(dk, K.load([begin, kv * E]).to(tl.float32), 1.0, ROOT, COS, SIN, (H + kv) * T + key, key, T, E, R, B)
+        DK.store([begin, kv * E], dk.to(DK.dtype))
 
 
 ATTEND = (64, 4, (3, 2, 2))  # rows of a block, warps, stages of the three kernels
@@ -1455,36 +1477,55 @@ def heads_by(rows: int, *tensors: Tensor) -> list:
     return [TensorDescriptor(x, [len(x), x.shape[1] * x.shape[2]], [x.stride(0), 1], [rows, x.shape[2]]) for x in tensors]
 
 
-def attend_like(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tensor, stop: Tensor, xsa: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for what attend gives."""
-    return q.new_empty(q.shape), *(q.new_empty(q.shape[1], len(q) * kept, dtype=torch.float32) for kept in (1, xsa))
-
-
-@operator("attend", attend_like,
-          lambda q, k, v, gate, first, stop, xsa, y, lse, along: (q, k, v, gate, first, stop, y, lse, along, xsa))
-def attend_op(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tensor, stop: Tensor, xsa: bool) -> tuple[Tensor, Tensor, Tensor]:
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tensor, stop: Tensor, xsa: bool) -> tuple[Tensor, Tensor, Tensor]:
     """finish_heads of attention [T, H, E], log-sum-exp to base 2 [H, T], and with xsa how much of its own value a token saw [H, T]."""
     assert q.dtype != torch.float16, "exponentials of scores need the range of bf16 or fp32"
     (T, H, E), (B, warps, stages) = q.shape, ATTEND
-    y, lse, along = attend_like(q, k, v, gate, first, stop, xsa)
+    y, lse, along = q.new_empty(q.shape), *(q.new_empty(H, T * kept, dtype=torch.float32) for kept in (1, xsa))
     attend_forward[H, triton.cdiv(T, B)](*heads_by(B, q, k, v, y), lse, along, gate, first, T, math.log2(math.e) / math.sqrt(E), H,
                                          H // k.shape[1], E, B, xsa, gate.numel() > 0, num_warps=warps, num_stages=stages[0])
     return y, lse, along
 
 
-@operator("attend_backward", lambda grad, q, k, v, gate, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v, gate)))
-def attend_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tensor, stop: Tensor, y: Tensor, lse: Tensor,
-                       along: Tensor, xsa: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the gate, in two kernels without atomics: the same digits each time."""
+class Turned(NamedTuple):
+    """How queries and keys came to be: roots of their mean squares [H + K, T], the angles' cosines and sines [T, R], gains [H]."""
+    root: Tensor
+    cos: Tensor
+    sin: Tensor
+    gain: Tensor
+
+
+def attend_back(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tensor, stop: Tensor, y: Tensor, lse: Tensor,
+                along: Tensor, xsa: bool, into: tuple, turned: Turned | None = None) -> tuple[Tensor, Tensor]:
+    """Gradients of q, k, v written `into` three tensors, those of the gate and, by row, of gains returned; q's and k's are of what they
+    were before norm and rotation where it is told how they were turned. Two kernels without atomics: the same digits each time."""
     (T, H, E), K, (B, warps, stages), gated, grad = q.shape, k.shape[1], ATTEND, gate.numel() > 0, grad.contiguous()
-    dq, dk, dv, dgate = (x.new_empty(x.shape) for x in (q, k, v, gate))
-    delta, inner, mine = torch.empty_like(lse), torch.empty_like(y) if xsa or gated else grad, torch.empty_like(y) if xsa else y
+    root, cos, sin, gain = turned or (lse, lse, lse, lse)
+    sizes = H, H // K, E, cos.shape[-1] if turned else 0, B, xsa
+    dgate, delta, dgain = gate.new_empty(gate.shape), torch.empty_like(lse), torch.empty_like(lse) if turned else lse
+    inner, mine = torch.empty_like(y) if xsa or gated else grad, torch.empty_like(y) if xsa else y
     scale, blocks = math.log2(math.e) / math.sqrt(E), triton.cdiv(T, B)
-    attend_queries[H, blocks](*heads_by(B, q, k, v, y, grad, dq, inner, mine), lse, along, gate, delta, dgate, first, T, scale, H, H // K, E, B,
-                              xsa, gated, num_warps=warps, num_stages=stages[1])
-    attend_keys[K, blocks](*heads_by(B, q, k, v, inner, mine, dk, dv), lse, delta, first, stop, T, scale, H // K, E, B, xsa,
+    attend_queries[H, blocks](*heads_by(B, q, k, v, y, grad, into[0], inner, mine), lse, along, gate, delta, dgate, first, root, cos, sin,
+                              gain, dgain, T, scale, *sizes, gated, num_warps=warps, num_stages=stages[1])
+    attend_keys[K, blocks](*heads_by(B, q, k, v, inner, mine, *into[1:]), lse, delta, first, stop, root, cos, sin, T, scale, *sizes,
                            num_warps=warps, num_stages=stages[2])
-    return dq, dk, dv, dgate
+    return dgate, dgain
+
+
+@operator("attend", lambda q, *rest: (q.new_empty(q.shape), q.new_empty(q.shape[1], len(q), dtype=torch.float32)),
+          lambda *inputs_and_outputs: inputs_and_outputs)
+def attend_op(q: Tensor, k: Tensor, v: Tensor, first: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention [T, H, E], and log-sum-exp to base 2 [H, T]."""
+    return attend_rows(q, k, v, q.new_empty(0), first, stop, False)[:2]
+
+
+@operator("attend_backward", lambda grad, *qkv_and_more: tuple(x.new_empty(x.shape) for x in qkv_and_more[:3]))
+def attend_backward_op(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor, stop: Tensor, y: Tensor,
+                       lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    into = tuple(x.new_empty(x.shape) for x in (q, k, v))
+    attend_back(grad, q, k, v, q.new_empty(0), first, stop, y, lse, lse, False, into)
+    return into
 
 
 def segment_bounds(cu: Tensor, tokens: int) -> Tensor:
@@ -1493,17 +1534,12 @@ def segment_bounds(cu: Tensor, tokens: int) -> Tensor:
     return torch.stack((cu[segment], cu[segment + 1]))
 
 
-def attention_whole(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, xsa: bool, gate: Tensor | None) -> Tensor:
-    """`finish_heads` of attention in one kernel forward, two backward; bounds [2, T] by `segment_bounds`."""
-    first, stop = bounds.unbind()
-    inside = gate.contiguous() if gate is not None and gate.dim() == 2 else q.new_empty(0)
-    y = torch.ops.golf.attend(q, k, v, inside, first, stop, xsa)[0]
-    return y if gate is None or inside.numel() else y * gate[..., None]
-
-
 def attention_triton(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
-    """Our own (Triton, Hopper and later): blocks of rows whatever the segments, faster than FlashAttention-4 on short ones."""
-    return attention_whole(q, k, v, segment_bounds(cu, len(q)), False, None)
+    """Our own (Triton, Hopper and later): blocks of rows whatever the segments, faster than FlashAttention-4 on short ones.
+
+    In the place of borders it also takes their segment_bounds, which the network makes once a row.
+    """
+    return torch.ops.golf.attend(q, k, v, *(cu if cu.dim() == 2 else segment_bounds(cu, len(q))).unbind())[0]
 
 
 def ring_view(begin: Tensor, rows: int, window: int) -> Tensor:
@@ -1688,8 +1724,7 @@ def renew_rows(theta: Tensor, grad: Tensor, first: Tensor | None, second: Tensor
     theta.sub_((move + decay * theta) * (lr * learns))
 
 
-ATTENTION = {"triton": attention_triton, "fa3": attention_fa3, "varlen": attention_varlen, "sdpa": attention_sdpa,
-             "eager": attention_eager}
+ATTENTION = {"triton": attention_triton, "varlen": attention_varlen, "sdpa": attention_sdpa, "eager": attention_eager}
 
 
 def try_attention(name: str, cfg: Config, run: Run) -> str:
@@ -1812,37 +1847,152 @@ def head_nll_fused(h: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Te
     return torch.ops.golf.head_nll(h, weight, targets, cap, torch.is_grad_enabled())[0]
 
 
-def mlp_eager(x: Tensor, up: nn.Module, down: nn.Module, slope: float) -> Tensor:
-    """Up, squared leaky ReLU, down. x [T, D] -> [T, D]"""
-    return down(F.leaky_relu(up(x), slope).square())
+def added(x: Tensor, onto: Tensor | None) -> Tensor:
+    return x if onto is None else onto + x
+
+
+def learns(weight: Tensor) -> bool:
+    """Whether this pass is one whose gradients reach the weight. Elsewhere what is fused would keep tensors for no way back, hide
+    modules' inputs from their hooks, and not know adapters."""
+    return torch.is_grad_enabled() and weight.requires_grad
+
+
+def mlp_eager(x: Tensor, up: nn.Module, down: nn.Module, slope: float, onto: Tensor | None = None) -> Tensor:
+    """Up, squared leaky ReLU, down, added onto the residual stream if there is one. x [T, D] -> [T, D]"""
+    return added(down(F.leaky_relu(up(x), slope).square()), onto)
+
+
+def mix_eager(x: Tensor, x0: Tensor, weights: Tensor, depth: Tensor, stream: bool) -> tuple[Tensor, Tensor]:
+    """A block's start: the stream x and the network's input x0, mixed channel by channel, and that normed. [T, D], weights [2, D]
+
+    Without `stream` only the norm is used: two lanes go on unmixed.
+    """
+    kept, fresh = weights.to(x.dtype)  # starts as (1, 0): the stream alone
+    base = torch.addcmul(kept * x, fresh, x0)  # every block may reach back to the input
+    return base, norm(base) * depth
 
 
 if installed("triton"):
     @triton.jit
-    def activate(acc, HIDDEN, OUT, LOW, rows, m, n, slope, gain, LEARN: tl.constexpr, FP8: tl.constexpr):
-        """The epilogue of hidden_product for part of a tile."""
+    def mix_back(X, X0, MIX, DEPTH, GRAD, NORMED, DX, DX0, SUMS, T, D: tl.constexpr, W: tl.constexpr, B: tl.constexpr):
+        """From gradients of mix_eager's outputs, GRAD and NORMED, those of x, x0, and by program of both weights. Rows stay on the chip
+        between the norm's way back, the factors and the sums over tokens, for which the inductor goes over them again."""
+        c = tl.arange(0, W)
+        inside, kept_sum, fresh_sum = (c < D)[None, :], tl.zeros([B, W], tl.float32), tl.zeros([B, W], tl.float32)
+        kept = tl.load(MIX + c, mask=c < D, other=0.0).to(X.dtype.element_ty).to(tl.float32)[None, :]
+        fresh = tl.load(MIX + D + c, mask=c < D, other=0.0).to(X.dtype.element_ty).to(tl.float32)[None, :]
+        depth = tl.load(DEPTH)
+        for block in range(tl.program_id(0), tl.cdiv(T, B), tl.num_programs(0)):
+            row = block * B + tl.arange(0, B)
+            at, live = row[:, None] * D + c[None, :], (row < T)[:, None] & inside
+            x, x0 = tl.load(X + at, mask=live, other=0.0).to(tl.float32), tl.load(X0 + at, mask=live, other=0.0).to(tl.float32)
+            base, g = kept * x + fresh * x0, tl.load(NORMED + at, mask=live, other=0.0).to(tl.float32) * depth
+            root = tl.rsqrt(tl.sum(base * base, 1) / D + 1.2e-7)  # as `norm`
+            g = root[:, None] * (g - base * (root * root * tl.sum(g * base, 1) / D)[:, None])
+            g += tl.load(GRAD + at, mask=live, other=0.0).to(tl.float32)
+            kept_sum += g * x
+            fresh_sum += g * x0
+            tl.store(DX + at, (g * kept).to(DX.dtype.element_ty), mask=live)
+            tl.store(DX0 + at, (g * fresh).to(DX0.dtype.element_ty), mask=live)
+        tl.store(SUMS + (tl.program_id(0) * 2) * D + c, tl.sum(kept_sum, 0), mask=c < D)
+        tl.store(SUMS + (tl.program_id(0) * 2 + 1) * D + c, tl.sum(fresh_sum, 0), mask=c < D)
+
+
+MIX = (8, 4, 2)  # rows of a block, warps, programs a multiprocessor
+
+
+@operator("mix_backward", lambda grad, normed, x, x0, weights, depth: tuple(torch.empty_like(t) for t in (x, x0, weights)))
+def mix_backward_op(grad: Tensor, normed: Tensor, x: Tensor, x0: Tensor, weights: Tensor, depth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, x0 and the weights."""
+    (T, D), (rows, warps, share), (grad, normed) = x.shape, MIX, (t.contiguous() for t in (grad, normed))
+    programs = share * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    dx, dx0, sums = torch.empty_like(x), torch.empty_like(x0), weights.new_empty(programs, 2, D)
+    mix_back[(programs,)](x, x0, weights, depth, grad, normed, dx, dx0, sums, T, D, triton.next_power_of_2(D), rows, num_warps=warps)
+    return dx, dx0, sums.sum(0)
+
+
+class Mix(torch.autograd.Function):
+    """mix_eager for outputs that are both used."""
+
+    @staticmethod
+    def forward(ctx, x, x0, weights, depth):
+        """x and x0 [T, D], weights [2, D], depth [] -> the mixed stream and its norm, [T, D] each"""
+        ctx.save_for_backward(x, x0, weights, depth)
+        return mix_eager(x, x0, weights, depth, True)
+
+    @staticmethod
+    def backward(ctx, grad, normed):
+        """Gradients of x, x0 and the weights."""
+        return *torch.ops.golf.mix_backward(grad, normed, *ctx.saved_tensors), None
+
+
+def mix_fused(x: Tensor, x0: Tensor, weights: Tensor, depth: Tensor, stream: bool) -> tuple[Tensor, Tensor]:
+    """mix_eager, where its weights learn with its way back in one kernel."""
+    return Mix.apply(x, x0, weights, depth) if stream and learns(weights) else mix_eager(x, x0, weights, depth, stream)
+
+
+class Shared(torch.autograd.Function):
+    """One tensor for many readers, whose gradients are summed in one pass, not two by two."""
+
+    @staticmethod
+    def forward(ctx, x, readers, run):
+        ctx.run = run
+        return tuple(x.view_as(x) for _ in range(readers))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        """The sum, in fp32 until the end."""
+        return ctx.run(total, *(g for g in grads if g is not None)), None, None
+
+
+def total(*rows: Tensor) -> Tensor:
+    return sum(t.float() for t in rows).to(rows[0].dtype)
+
+
+if installed("triton"):
+    @triton.jit
+    def store_half(acc, MORE, OUT, LOW, rows, m, n, slope, gain, END: tl.constexpr, FP8: tl.constexpr):
+        """What product_kernel does to half a tile before it is stored."""
         # a square has lost its root's sign, which the way back needs: it is the last bit of the mantissa
         bit: tl.constexpr = 1 << (32 - OUT.dtype.primitive_bitwidth)
-        if LEARN:
-            hidden = HIDDEN.load([m, n]).to(tl.float32)
-            below = (hidden.to(tl.int32, bitcast=True) & bit) != 0
-            value = acc * (tl.sqrt(hidden) * tl.where(below, -2 * slope, 2.0))
-            OUT.store([m, n], (value * rows if FP8 else value).to(OUT.dtype))
-        else:
-            acc = acc * rows if FP8 else acc
+        acc = acc * rows if FP8 and END == "square" else acc
+        if END == "square":
             root, sign = tl.maximum(acc, slope * acc), (acc.to(tl.int32, bitcast=True) >> (OUT.dtype.primitive_bitwidth - 1)) & bit
             value = root * root
             # the nearest number that ends in this bit
             near = ((value.to(tl.int32, bitcast=True) + bit - sign) & (-2 * bit)) | sign
             OUT.store([m, n], near.to(tl.float32, bitcast=True).to(OUT.dtype))
+        elif END == "slope":
+            hidden = MORE.load([m, n]).to(tl.float32)
+            below = (hidden.to(tl.int32, bitcast=True) & bit) != 0
+            value = acc * (tl.sqrt(hidden) * tl.where(below, -2 * slope, 2.0))
+            OUT.store([m, n], (value * rows if FP8 else value).to(OUT.dtype))
+        else:
+            value = acc + MORE.load([m, n]).to(tl.float32)
+            OUT.store([m, n], value.to(OUT.dtype))
         if FP8:
             LOW.store([m, n], tl.clamp(value * gain, -448.0, 448.0).to(LOW.dtype))
 
     @triton.jit
-    def hidden_product(X, W, HIDDEN, OUT, LOW, ROWS, T, slope, gain, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
-                       BN: tl.constexpr, BK: tl.constexpr, LEARN: tl.constexpr, FP8: tl.constexpr):
-        """h = X W^T with the activation in its epilogue: OUT = leaky(h)^2; with LEARN X holds gradients, HIDDEN is what was
-        OUT then, and OUT = h d HIDDEN/dh. Persistent: a program takes tiles in turn, so loads of the next overlap stores.
+    def store_head(acc, OUT, ROOT, COS, SIN, GAIN, m, n, T, H: tl.constexpr, TURNING: tl.constexpr, E: tl.constexpr, R: tl.constexpr,
+                   BM: tl.constexpr):
+        """norm, rotation and gain of one head's rows; of the first TURNING heads all, of H the gain."""
+        row, head = m + tl.arange(0, BM), n // E
+        turning, root = head < TURNING, tl.rsqrt(tl.sum(acc * acc, 1) / E + 1.2e-7)  # as `norm`
+        tl.store(ROOT + head * T + row, root, mask=(row < T) & turning)
+        factor = tl.where(turning, root * tl.load(GAIN + head, mask=head < H, other=1.0), 1.0)
+        left, right = halves(acc * factor[:, None], BM, E)
+        cos, sin = angles(COS, SIN, row, (row < T) & turning, E, R)
+        OUT.store([m, n], (left * cos + right * sin).to(OUT.dtype))
+        OUT.store([m, n + E // 2], (right * cos - left * sin).to(OUT.dtype))
+
+    @triton.jit
+    def product_kernel(X, W, MORE, OUT, LOW, ROWS, COS, SIN, GAIN, T, slope, gain, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
+                       TURNING: tl.constexpr, E: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                       END: tl.constexpr, FP8: tl.constexpr):
+        """OUT = X W^T with more done to it before it is stored, by END. "square": leaky(h)^2; "slope": X holds gradients, MORE is the
+        square of then, and OUT = h dMORE/dh; "add": h + MORE; "heads": two of them a tile, normed and rotated, roots into ROWS.
+        Persistent: a program takes tiles in turn, so loads of the next overlap stores.
         With FP8, X and W are scaled, a row's factor in ROWS takes the scales out, and LOW is OUT in FP8 for the next product."""
         columns: tl.constexpr = (N + BN - 1) // BN
         for tile in tl.range(tl.program_id(0), tl.cdiv(T, BM) * columns, tl.num_programs(0), flatten=True):
@@ -1850,17 +2000,36 @@ if installed("triton"):
             acc = tl.zeros([BM, BN], tl.float32)
             for k in range(0, K, BK):
                 acc = tl.dot(X.load([m, k]), W.load([n, k]).T, acc)
-            at = m + tl.arange(0, BM)
-            rows = tl.load(ROWS + at, mask=at < T, other=0.0)[:, None] if FP8 else None
-            # in halves: a whole tile's stores would not fit beside the loads under way
-            left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
-            activate(left, HIDDEN, OUT, LOW, rows, m, n, slope, gain, LEARN, FP8)
-            activate(right, HIDDEN, OUT, LOW, rows, m, n + BN // 2, slope, gain, LEARN, FP8)
+            left, right = halves(acc, BM, BN)  # a whole tile's stores would not fit beside the loads under way
+            if END == "heads":
+                store_head(left, OUT, ROWS, COS, SIN, GAIN, m, n, T, H, TURNING, E, R, BM)
+                store_head(right, OUT, ROWS, COS, SIN, GAIN, m, n + E, T, H, TURNING, E, R, BM)
+            else:
+                at = m + tl.arange(0, BM)
+                rows = tl.load(ROWS + at, mask=at < T, other=0.0)[:, None] if FP8 else None
+                store_half(left, MORE, OUT, LOW, rows, m, n, slope, gain, END, FP8)
+                store_half(right, MORE, OUT, LOW, rows, m, n + BN // 2, slope, gain, END, FP8)
 
 
-# forward and backward, then both in FP8: rows, columns and depth of a tile, warps, stages, programs a multiprocessor (tests/gpu/tiles.py)
-TILES = (128, 128, 64, 4, 3, 2), (128, 256, 64, 8, 3, 1), (128, 128, 64, 4, 4, 2), (128, 128, 64, 4, 4, 2)
+# rows, columns and depth of a tile, warps, stages, programs a multiprocessor (tests/gpu/tiles.py); heads come in twos, however wide
+TILES = {"square": (128, 128, 64, 4, 3, 2), "slope": (128, 256, 64, 8, 3, 1), "add": (128, 256, 64, 8, 3, 1), "heads": (128, 0, 64, 8, 3, 1),
+         "square in FP8": (128, 128, 64, 4, 4, 2), "slope in FP8": (128, 128, 64, 4, 4, 2)}
 E4M3, MOST = torch.float8_e4m3fn, 448.0  # eight bits, and the largest number in them; it is as precise down to 1/64
+
+
+def launch_product(end: str, x: Tensor, w: Tensor, out: Tensor, more: Tensor | None = None, low: Tensor | None = None,
+                   rows: Tensor | None = None, slope: float = 0.0, gain: float = 1.0, turned: Turned | None = None) -> None:
+    """product_kernel over the whole device. x [T, K], w [N, K], out, more and low [T, N], rows [T]"""
+    fp8 = x.dtype == E4M3
+    height, width, depth, warps, stages, share = TILES[end + " in FP8" * fp8]
+    root, cos, sin, gains = turned or (rows if fp8 else out, out, out, out)
+    wide = len(w) // (2 * len(root) - len(gains)) if turned else 0  # a head
+    heads, width = (len(gains), len(root), wide, cos.shape[-1]) if turned else (0,) * 4, width or 2 * wide
+    tall = [(out if t is None else t, (height, wide // 2 or width // 2)) for t in (more, out, low)]
+    described = [TensorDescriptor.from_tensor(t, list(block)) for t, block in [(x, (height, depth)), (w, (width, depth)), *tall]]
+    programs = share * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
+    product_kernel[(programs,)](*described, root, cos, sin, gains, len(x), slope, gain, len(w), w.shape[1], *heads, height, width, depth,
+                                end, fp8, num_warps=warps, num_stages=stages)
 
 
 def hidden_like(x: Tensor, w: Tensor, *rest) -> tuple[Tensor, Tensor]:
@@ -1871,24 +2040,28 @@ def hidden_like(x: Tensor, w: Tensor, *rest) -> tuple[Tensor, Tensor]:
 
 
 def hidden_rows(x: Tensor, w: Tensor, hidden: Tensor | None, rows: Tensor | None, slope: float, gain: float) -> tuple[Tensor, Tensor]:
-    """hidden_product over the whole device: OUT [T, N], and LOW where x and w are FP8. x [T, K], w [N, K], hidden [T, N], rows [T]"""
-    (out, low), learn, fp8 = hidden_like(x, w), hidden is not None, x.dtype == E4M3
-    height, width, depth, warps, stages, share = TILES[2 * fp8 + learn]
-    tall = [(t, (height, width // 2)) for t in (hidden if learn else out, out, low if fp8 else out)]
-    described = [TensorDescriptor.from_tensor(t, list(block)) for t, block in [(x, (height, depth)), (w, (width, depth)), *tall]]
-    programs = share * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
-    hidden_product[(programs,)](*described, rows if fp8 else out, len(x), slope, gain, len(w), w.shape[1], height, width, depth, learn, fp8,
-                                num_warps=warps, num_stages=stages)
+    """The MLP's hidden rows [T, N], or from x a gradient theirs, and the same in FP8 where x and w are. hidden [T, N], rows [T]"""
+    out, low = hidden_like(x, w)
+    launch_product("square" if hidden is None else "slope", x, w, out, hidden, low if len(low) else None, rows, slope, gain)
     return out, low
 
 
+def product_onto(x: Tensor, w: Tensor, onto: Tensor | None) -> Tensor:
+    """onto + x w^T in one pass: torch's addmm copies what it adds to. [T, K], [N, K], [T, N] -> [T, N]"""
+    if onto is None:
+        return x @ w.T
+    out = torch.empty_like(onto)
+    launch_product("add", x, w, out, onto)
+    return out
+
+
 # The whole MLP as one opaque operator, so that its backward product can have the activation's slope in its epilogue.
-@operator("mlp", lambda x, up, down, slope: (torch.empty_like(x), x.new_empty(len(x), len(up))),
-          lambda x, up, down, slope, y, hidden: (x, up, down, hidden, slope))
-def mlp_op(x: Tensor, up: Tensor, down: Tensor, slope: float) -> tuple[Tensor, Tensor]:
+@operator("mlp", lambda x, up, *rest: (torch.empty_like(x), x.new_empty(len(x), len(up))),
+          lambda x, up, down, onto, slope, y, hidden: (x, up, down, hidden, slope))
+def mlp_op(x: Tensor, up: Tensor, down: Tensor, onto: Tensor | None, slope: float) -> tuple[Tensor, Tensor]:
     """mlp_eager's output [T, D], and for the way back its hidden rows [T, F], whose last bits are signs."""
     hidden, _ = hidden_rows(x, up, None, None, slope, 1.0)
-    return hidden @ down.T, hidden
+    return product_onto(hidden, down, onto), hidden
 
 
 @operator("mlp_backward", lambda grad, x, up, down, hidden, slope: tuple(torch.empty_like(t) for t in (x, up, down)))
@@ -1957,12 +2130,66 @@ class MLP8(torch.autograd.Function):
         return dx.to(x.dtype), back.T @ x, grad.T @ hidden, None
 
 
-def mlp_fused(x: Tensor, up: nn.Module, down: nn.Module, slope: float, fp8: bool = False) -> Tensor:
-    """mlp_eager where its weights learn; elsewhere nothing is kept for a way back, and modules' hooks must see their inputs."""
-    if not (torch.is_grad_enabled() and up.weight.requires_grad):
-        return mlp_eager(x, up, down, slope)
+def mlp_fused(x: Tensor, up: nn.Module, down: nn.Module, slope: float, onto: Tensor | None = None, fp8: bool = False) -> Tensor:
+    """mlp_eager, where its weights learn in one."""
+    if not learns(up.weight):
+        return mlp_eager(x, up, down, slope, onto)
     weights = up.matrix(x.dtype), down.matrix(x.dtype)
-    return MLP8.apply(x, *weights, slope) if fp8 else torch.ops.golf.mlp(x, *weights, slope)[0]
+    return added(MLP8.apply(x, *weights, slope), onto) if fp8 else torch.ops.golf.mlp(x, *weights, onto, slope)[0]
+
+
+# All of attention as one opaque operator too: norm, rotation and gains end the first product, XSA and the gate attention itself, the
+# residual stream the last product; and the way back ends in the first product's gradient, in one piece.
+def attention_like(x: Tensor, qkv: Tensor, o: Tensor, gain: Tensor, *rest) -> tuple[Tensor, ...]:
+    """Room for what attention_op gives."""
+    T, H, E = len(x), len(gain), o.shape[1] // len(gain)
+    heads = len(qkv) // E
+    numbers = [x.new_empty(*shape, dtype=torch.float32) for shape in (((heads + H) // 2, T), (H, T), (H, T * rest[-1]))]
+    return x.new_empty(T, len(o)), x.new_empty(T, heads, E), numbers[0], x.new_empty(T, H, E), *numbers[1:]
+
+
+@operator("attention", attention_like, lambda x, qkv, o, gain, gate, onto, cos, sin, first, stop, xsa, out, *kept: (
+    x, qkv, o, gain, gate, cos, sin, first, stop, *kept, xsa))
+def attention_op(x: Tensor, qkv: Tensor, o: Tensor, gain: Tensor, gate: Tensor, onto: Tensor | None, cos: Tensor, sin: Tensor, first: Tensor,
+                 stop: Tensor, xsa: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Attention's output [T, D], and for the way back the turned heads [T, H + 2 K, E], their roots [H + K, T], and attend_rows'."""
+    H, T = len(gain), len(x)
+    rows = x.new_empty(T, len(qkv) * H // o.shape[1], o.shape[1] // H)
+    K = (rows.shape[1] - H) // 2
+    root = x.new_empty(H + K, T, dtype=torch.float32)
+    launch_product("heads", x, qkv, rows.flatten(1), turned=Turned(root, cos, sin, gain))
+    y, lse, along = attend_rows(*rows.split((H, K, K), 1), gate, first, stop, xsa)
+    return product_onto(y.flatten(1), o, onto), rows, root, y, lse, along
+
+
+@operator("attention_backward", lambda grad, *inputs: tuple(torch.empty_like(t) for t in inputs[:5]))
+def attention_backward_op(grad: Tensor, x: Tensor, qkv: Tensor, o: Tensor, gain: Tensor, gate: Tensor, cos: Tensor, sin: Tensor, first: Tensor,
+                          stop: Tensor, rows: Tensor, root: Tensor, y: Tensor, lse: Tensor, along: Tensor,
+                          xsa: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, of both weights, of gains and gate."""
+    grad, back = grad.contiguous(), torch.empty_like(rows)
+    parts = [len(gain), *[len(root) - len(gain)] * 2]
+    dgate, dgain = attend_back((grad @ o).view_as(y), *rows.split(parts, 1), gate, first, stop, y, lse, along, xsa, back.split(parts, 1),
+                               Turned(root, cos, sin, gain))
+    back = back.flatten(1)
+    return back @ qkv, back.T @ x, grad.T @ y.flatten(1), dgain.sum(1), dgate
+
+
+def paired(w: Tensor, heads: int, wide: int, turning: int) -> Tensor:
+    """The rows of w's first heads so ordered that channel i turns with i + wide / 2, as product_kernel has them, not i + turning / 2."""
+    half, still = turning // 2, (wide - turning) // 2
+    a, b, c, d = w[:heads * wide].unflatten(0, (heads, wide)).split((half, half, still, still), 1)
+    return torch.cat((torch.cat((a, c, b, d), 1).flatten(0, 1), w[heads * wide:]))
+
+
+def attention_fused(x: Tensor, qkv: nn.Module, o: nn.Module, gain: Tensor, gate: Tensor | None, rope: tuple[Tensor, Tensor], bounds: Tensor,
+                    xsa: bool, onto: Tensor | None) -> Tensor:
+    """Attention.forward in training, from what it makes its queries, keys and values of. [T, D] -> [T, D]"""
+    wide = o.weight.shape[1] // len(gain)
+    cos, sin = (t.flatten(1) for t in rope)
+    w = paired(qkv.matrix(x.dtype), (len(qkv.weight) // wide + len(gain)) // 2, wide, cos.shape[1])
+    gate = x.new_empty(0) if gate is None else gate.expand(len(x), -1).contiguous()
+    return torch.ops.golf.attention(x, w, o.matrix(x.dtype), gain, gate, onto, cos, sin, *bounds.unbind(), xsa)[0]
 
 
 class Kernels(NamedTuple):
@@ -1970,7 +2197,8 @@ class Kernels(NamedTuple):
     attend: Callable = attention_sdpa
     nll: Callable = head_nll_eager
     mlp: Callable = mlp_eager
-    whole: Callable | None = None  # attention and what `finish_heads` does to it in one, from bounds of segments instead of borders
+    mix: Callable = mix_eager
+    attention: Callable | None = None  # all of Attention.forward in one where weights learn; wants bounds of segments, not borders
 
 
 def choose_kernels(cfg: Config, run: Run) -> Kernels:
@@ -1985,7 +2213,7 @@ def choose_kernels(cfg: Config, run: Run) -> Kernels:
     if cfg.fp8 != "none" and not hopper:
         run.warn(f"FP8={cfg.fp8} needs the fused MLP on a Hopper GPU: its products stay in {str(run.dtype).removeprefix('torch.')}")
     mlp = functools.partial(mlp_fused, fp8=cfg.fp8 == "mlp") if hopper else mlp_eager
-    return Kernels(attend, nll, mlp, attention_whole if attend is attention_triton else None)
+    return Kernels(attend, nll, mlp, mix_fused if fused else mix_eager, attention_fused if attend is attention_triton else None)
 
 
 # Newton-Schulz coefficients (a, b, c) of X <- aX + (bA + cA^2)X, A = XX^T. Polar Express: per-iteration minimax
@@ -2156,11 +2384,16 @@ class Attention(nn.Module):
         self.value_mix = ValueMix(cfg.value_residual) if cfg.value_residual != "none" and layer > 0 else None
         self.gives_values = cfg.value_residual != "none" and layer == 0
         self.value_scale = nn.Parameter(torch.empty(1)) if layer in cfg.value_layers else None
-        self.kernels = kernels  # chosen once, in room 6
+        self.attend = kernels.attend  # chosen once, in room 6
+        own = self.value_mix is None and self.value_scale is None and not self.gives_values  # values are nobody else's business
+        self.fused = kernels.attention if own else None
 
     def forward(self, x: Tensor, values: OtherValues, rope: tuple, cu: Tensor, longest: int, lora: VisitAdapters,
-                past: Past | None) -> tuple[Tensor, tuple]:
-        """x [T, D] -> (output [T, D], what others want of it: (values for later layers, keys, values for the cache))."""
+                past: Past | None, onto: Tensor | None = None) -> tuple[Tensor, tuple]:
+        """x [T, D] -> (output [T, D], added onto `onto`, what others want of it: (values for later layers, keys, values for the cache))."""
+        gate = self.gate(x) if self.gate is not None else None
+        if self.fused is not None and past is None and learns(self.qkv.weight):
+            return self.fused(x, self.qkv, self.o, self.q_gain, gate, rope, cu, self.xsa, onto), (None, None, None)
         y = self.qkv(x)  # one GEMM for all three; adapters of queries, keys and values are three
         if any(pair is not None for pair in lora[:3]):
             parts = y.split([n * self.head_dim for n in self.heads], -1)
@@ -2175,14 +2408,10 @@ class Attention(nn.Module):
             v = v + self.value_scale.to(v.dtype) * values.embedded.view_as(v)
         if self.value_mix is not None:
             v = self.value_mix(v, values.first)
-        gate = self.gate(x) if self.gate is not None else None
-        if past is None and self.kernels.whole is not None:
-            y = self.kernels.whole(q, k, v, cu, self.xsa, gate)
-        else:
-            y = self.kernels.attend(q, k, v, cu, longest) if past is None else attention_cached(q, k, v, past)
-            y = finish_heads(y, v, self.xsa, gate)  # the same v that attention used
+        y = self.attend(q, k, v, cu, longest) if past is None else attention_cached(q, k, v, past)
+        y = finish_heads(y, v, self.xsa, gate)  # the same v that attention used
         kept = (v if self.gives_values else None, *((k, v) if past is not None else (None, None)))
-        return corrected(self.o(y.flatten(1)), x, lora.o), kept
+        return added(corrected(self.o(y.flatten(1)), x, lora.o), onto), kept
 
 
 class MLP(nn.Module):
@@ -2195,8 +2424,8 @@ class MLP(nn.Module):
         self.slope = 0.5 if cfg.mlp_act == "leaky_relu2" else 0.0  # 0 makes it ReLU squared
         self.product = kernels.mlp
 
-    def forward(self, x: Tensor, pair: tuple | None = None) -> Tensor:
-        return corrected(self.product(x, self.up, self.down, self.slope), x, pair)
+    def forward(self, x: Tensor, pair: tuple | None = None, onto: Tensor | None = None) -> Tensor:
+        return corrected(self.product(x, self.up, self.down, self.slope, onto), x, pair)
 
 
 class Block(nn.Module):
@@ -2205,7 +2434,7 @@ class Block(nn.Module):
     def __init__(self, cfg: Config, layer: int, kernels: Kernels):
         super().__init__()
         self.attn, self.mlp = Attention(cfg, layer, kernels), MLP(cfg, kernels)
-        self.resid_mix = nn.Parameter(torch.empty(2, cfg.model_dim))
+        self.resid_mix, self.start = nn.Parameter(torch.empty(2, cfg.model_dim)), kernels.mix
         # a buffer, not a float: compiled code is shared by all blocks, and a float would be a constant of each
         depth_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
         self.register_buffer("depth_scale", torch.tensor(depth_scale), persistent=False)
@@ -2219,20 +2448,18 @@ class Block(nn.Module):
 
         Returns the new stream, the new second lane and what attention keeps. (Two lanes: PR #1204.)
         """
-        kept, fresh = self.resid_mix.to(x.dtype)  # starts as (1, 0): the stream alone
-        base = torch.addcmul(kept * x, fresh, x0)  # every block may reach back to the input
-        a, keeps = self.attn(norm(base) * self.depth_scale, values, rope, cu, longest, lora, past)
+        base, normed = self.start(x, x0, self.resid_mix, self.depth_scale, mix is None)
+        a, keeps = self.attn(normed, values, rope, cu, longest, lora, past, base if mix is None else None)
         if mix is not None:
             lane = x if lane is None else lane  # the first such visit splits the stream
             b = self.mlp_out(lane, lora)  # the MLP reads its own lane, unmixed
             resid, post = mix[0].to(x.dtype), mix[1].to(x.dtype)
             return (resid[0] * x + post[0, 0] * a + post[0, 1] * b, resid[1] * lane + post[1, 0] * a + post[1, 1] * b, keeps)
-        x = base + a
-        x = x + self.mlp_out(base if self.abreast else x, lora)
+        x = self.mlp_out(base if self.abreast else a, lora, a)
         return x if self.x0_scale is None else x + self.x0_scale.to(x.dtype) * x0, None, keeps
 
-    def mlp_out(self, x: Tensor, lora: VisitAdapters) -> Tensor:
-        return self.mlp(norm(x) * self.depth_scale, lora.m)
+    def mlp_out(self, x: Tensor, lora: VisitAdapters, onto: Tensor | None = None) -> Tensor:
+        return self.mlp(norm(x) * self.depth_scale, lora.m, onto)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2418,7 +2645,7 @@ class GPT(nn.Module):
         self.lane_post = nn.Parameter(torch.empty(cfg.num_layers, 2, 2)) if two else None
         self.final_lane = {"attn": (1.0, 0.0), "mlp": (0.0, 1.0), "mean": (0.5, 0.5)}[cfg.parallel_final_lane]
         self.head = Head(cfg, kernels)
-        self.bounds = segment_bounds if kernels.whole is not None else None
+        self.bounds = segment_bounds if kernels.attention is not None else None
         self.looping = False  # training turns it on, evaluation always has it on
         self.run: Callable = call  # compile_model may replace it
         self.renew: Callable = renew_rows  # the optimiser step of adapters, likewise
@@ -2432,19 +2659,21 @@ class GPT(nn.Module):
         x0 = run(self.input, ids, pos)  # kept: every block mixes it in again
         if memory is not None:
             x0, pos, ids = memory.drop_lead(x0), memory.drop_lead(pos), memory.drop_lead(ids)
-        x = x0.view_as(x0)  # two tensors: torch 2.13 fails on a later shape of a block that got one twice
+        plan = self.plans[self.looping]
+        # a tensor for each: torch 2.13 fails on a later shape of a block that got one twice
+        x, *inputs = Shared.apply(x0, len(plan) + 1, run)
         # computed once, read by a few layers
         embedded = run(self.value_embedding, ids, x.dtype) if self.value_embedding is not None else None
         if self.bounds is not None and memory is None:
             cu = self.bounds(cu, len(ids))  # once a row, not once a visit
         rope, lane, values, stack = self.rotary(pos), None, OtherValues(None, embedded), []
-        for i, visit in enumerate(self.plans[self.looping]):
+        for i, visit in enumerate(plan):
             if visit.skip is not None:
                 gate = self.skip.gates[visit.skip] if self.skip.gates is not None else None
                 x = run(self.skip, x, stack.pop(), self.skip.weights[visit.skip], gate)
             mix = (self.lane_resid[visit.layer], self.lane_post[visit.layer]) if visit.lanes else None
             lora, past = (memory.lora[i], memory.past[i]) if memory is not None else (VisitAdapters(), None)
-            x, lane, keeps = run(self.blocks[visit.layer], x, lane, x0, values, rope, cu, longest, mix, lora, past)
+            x, lane, keeps = run(self.blocks[visit.layer], x, lane, inputs[i], values, rope, cu, longest, mix, lora, past)
             values = values._replace(first=keeps[0]) if values.first is None else values  # the first visit's, for all
             if memory is not None:
                 memory.kept.append(keeps[1:])
@@ -2463,8 +2692,8 @@ class GPT(nn.Module):
         return self.run(self.head, self.hidden(ids, pos, cu, longest), None, self.input.tok_emb.weight)
 
 
-# At its own thresholds (30 and 8) the inductor writes what two kernels read in fp32 and separately: five passes over the rows
-# more in a block, forward and backward (records/plan.py)
+# At its own thresholds (30 and 8) the inductor writes what two kernels read in fp32 and separately: two passes over the rows
+# more in a block with lanes, forward and backward (records/plan.py)
 INDUCTOR = {"realize_opcount_threshold": 100, "realize_acc_reads_threshold": 16}
 
 

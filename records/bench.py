@@ -166,25 +166,26 @@ def kernels(tg, model, cfg, run, batch) -> list[tuple]:
         return f"GEMM {name} {into}->{out}", lambda x, w: x @ w.T, [x, w], moved, 3 * moved, work, 3 * work
 
     pairs = float((batch.cu.diff().double() ** 2).sum()) / 2
-    k = model.blocks[0].attn.kernels
-    attended, wide = [random(T, n, E) for n in counts], size * T * (counts[0] + sum(counts)) * E
-    floors = wide, 3 * wide, 4 * pairs * counts[0] * E, 14 * pairs * counts[0] * E
-    rows = [("attention", lambda *a: k.attend(*a, batch.cu, batch.longest), attended, *floors)]
-    if k.whole:  # what it saves is a kernel behind `attention`, forward and backward
-        bounds = tg.segment_bounds(batch.cu, T)  # made once a row there, too
-        rows.append(("attention with XSA and gate", lambda *a: k.whole(*a[:3], bounds, True, a[3]), [*attended, random(T, counts[0])], *floors))
+    attn, mlp = model.blocks[0].attn, model.blocks[0].mlp
+    where = tg.segment_bounds(batch.cu, T) if attn.fused else batch.cu  # as the network, which makes them once a row
+    wide, seen, products = size * T * (counts[0] + sum(counts)) * E, 4 * pairs * counts[0] * E, 2.0 * T * D * E * (counts[0] + sum(counts))
+    rope, rest = model.rotary(batch.pos), (where, batch.longest, tg.VisitAdapters(), None)
+    # the second is one operator where weights learn; forward alone it is its parts, launched one by one, as in scoring
+    rows = [("attention", lambda *a: attn.attend(*a, where, batch.longest), [random(T, n, E) for n in counts], wide, 3 * wide, seen, 3.5 * seen),
+            ("attention (layer)", lambda x, onto: attn(x, tg.OtherValues(), rope, *rest, onto)[0], [random(T, D), random(T, D)],
+             size * T * 3 * D, size * T * 9 * D, products + seen, 3 * products + 3.5 * seen)]
     h, head = random(T, D), (0.1 * torch.randn(V, D, device=run.device)).to(run.dtype)
     logits, work = size * T * V, 2.0 * T * V * D
     # with the head's product: written, read and written over, read twice by its gradients
-    for f, label in (k.nll, "chosen"), (tg.head_nll_eager, "eager twin"):
+    for f, label in (model.head.plain_nll, "chosen"), (tg.head_nll_eager, "eager twin"):
         f = compiled(f, label, run)
         rows.append((f"head and nats ({label})", lambda a, w, f=f: f(a, w, batch.targets, cfg.logit_softcap or 30.0), [h, head],
                      2 * logits, 5 * logits, work, 3 * work))
     wide, work = size * 2 * T * (D + cfg.hidden_dim), 4.0 * T * D * cfg.hidden_dim
     weights = [random(cfg.hidden_dim, D), random(D, cfg.hidden_dim)]
-    for f, label in (k.mlp, "chosen"), (tg.mlp_eager, "eager twin"):  # forward alone is the eager form, as in scoring
+    for f, label in (mlp.product, "chosen"), (tg.mlp_eager, "eager twin"):  # forward alone is the eager form, as in scoring
         f = compiled(f, label, run)
-        rows.append((f"MLP ({label})", lambda x, up, down, f=f: f(x, Matrix(up), Matrix(down), model.blocks[0].mlp.slope),
+        rows.append((f"MLP ({label})", lambda x, up, down, f=f: f(x, Matrix(up), Matrix(down), mlp.slope),
                      [random(T, D), *weights], wide, 3 * wide, work, 3 * work))
     shapes = {"qkv": (sum(counts) * E, D), "o": (D, counts[0] * E), "up": (cfg.hidden_dim, D), "down": (D, cfg.hidden_dim)}
     return rows + [product(name, *shape) for name, shape in shapes.items()]

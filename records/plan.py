@@ -37,7 +37,7 @@ def trace(tg, cfg, layer: int, tokens: int) -> list:
     from torch._inductor import compile_fx
     from torch._inductor.decomposition import select_decomp_table
     from torch._subclasses.fake_tensor import FakeTensorMode
-    block = tg.Block(cfg, layer, tg.Kernels(tg.attention_triton, mlp=tg.mlp_fused, whole=tg.attention_whole))
+    block = tg.Block(cfg, layer, tg.Kernels(tg.attention_triton, mlp=tg.mlp_fused, mix=tg.mix_fused, attention=tg.attention_fused))
     lanes = cfg.parallel_residual == "two" and layer >= cfg.parallel_start_layer
     graphs = []
 

@@ -56,19 +56,26 @@ def nll(tokens, vocab, cap):
     return compare(tg.head_nll_fused, tg.head_nll_eager, inputs, torch.randint(0, vocab, (tokens,)), cap)
 
 
-def mlp(tokens, dim, hidden, slope):
-    """Rows and columns that fill no tile."""
+def mlp(tokens, dim, hidden, slope, onto=False):
+    """Rows and columns that fill no tile, with and without a residual stream."""
     weights = [torch.randn(*shape) / dim ** 0.5 for shape in ((hidden, dim), (dim, hidden))]
 
     def form(f):
-        def run(x, up, down):
+        def run(x, up, down, *stream):
             linear = [tg.Linear(*w.shape) for w in (up, down)]
             for module, w in zip(linear, (up, down)):
                 del module.weight
                 module.weight = w  # a plain tensor, so that its gradient is seen
-            return f(x, *linear, slope)
+            return f(x, *linear, slope, *stream)
         return run
-    return compare(form(tg.mlp_fused), form(tg.mlp_eager), [torch.randn(tokens, dim), *weights])
+    return compare(form(tg.mlp_fused), form(tg.mlp_eager), [torch.randn(tokens, dim), *weights, *[torch.randn(tokens, dim)] * onto])
+
+
+def mix(tokens, dim):
+    """A block's start, of which both outputs are used."""
+    depth = torch.tensor(0.7)
+    return compare(*[lambda *rows, f=f: f(*rows, depth, True) for f in (tg.mix_fused, tg.mix_eager)],
+                   [*(torch.randn(tokens, dim) for _ in "xx"), torch.randn(2, dim)])
 
 
 def mlp8(tokens, dim, hidden, slope):
@@ -105,24 +112,39 @@ def cached(slots, rows, heads, window, begin):
                                                             torch.randn(slots * rows, 2 * heads, width)])
 
 
-def attended(borders, heads, xsa, factors, gain=1.0):
-    """Attention and its ending over segments that fill no block, a one-token and an empty one among them."""
+def attended(borders, heads, gain=1.0):
+    """Attention alone over segments that fill no block, a one-token and an empty one among them."""
     total, (queries, keys) = borders[-1], heads
-    cu, rows = torch.tensor(borders, dtype=torch.int32), torch.randn(total, queries + 2 * keys, 32)
-    rows[:, :queries + keys] = tg.norm(rows[:, :queries + keys])
-    rows[:, :queries] *= gain
+    cu, keyed, values = torch.tensor(borders, dtype=torch.int32), tg.norm(torch.randn(total, keys, 32)), torch.randn(total, keys, 32)
+    near = tg.norm(keyed.repeat_interleave(queries // keys, 1) + torch.randn(total, queries, 32))  # some scores reach the bound
+    rows = torch.cat((gain * near, keyed, values), 1)
 
-    def form(f):
-        return lambda rows, *gate: f(*rows.split((queries, keys, keys), 1), *gate)
-    whole = form(lambda q, k, v, gate=None: tg.attention_whole(q, k, v, tg.segment_bounds(cu, total), xsa, gate))
-    eager = form(lambda q, k, v, gate=None: tg.finish_heads(tg.attention_eager(q, k, v, cu, total), v, xsa, gate))
-    return compare(whole, eager, [rows, *([torch.rand(*factors)] if factors else [])])
+    def form(f, where):
+        return lambda rows: f(*rows.split((queries, keys, keys), 1), where, total)
+    return compare(form(tg.attention_triton, tg.segment_bounds(cu, total)), form(tg.attention_eager, cu), [rows])
+
+
+def attention(borders, onto, **knobs):
+    """Attention's layer as one operator beside its parts: norm, rotation, gains, XSA, the gate and the residual stream inside."""
+    cfg, total, cu = small(model_dim=64, num_heads=2, **knobs), borders[-1], torch.tensor(borders, dtype=torch.int32)
+    layer = tg.Attention(cfg, 3, tg.Kernels(tg.attention_eager, attention=tg.attention_fused))
+    names, weights = zip(*((n, torch.randn(p.shape) / 8 + (p.dim() < 2)) for n, p in layer.named_parameters()))
+    pos = torch.cat([torch.arange(b - a) for a, b in zip(borders, borders[1:])])
+    rope, rows = tg.Rotary(cfg.rotary_dims, 1e4)(pos), [torch.randn(total, 64) for _ in range(1 + onto)]
+
+    def form(fused, where):
+        def run(x, *more):
+            layer.fused, state = fused, dict(zip(names, more[onto:]))
+            rest = tg.OtherValues(), rope, where, total, tg.VisitAdapters(), None, more[0] if onto else None
+            return torch.func.functional_call(layer, state, (x, *rest))[0]
+        return run
+    return compare(form(tg.attention_fused, tg.segment_bounds(cu, total)), form(None, cu), [*rows, *weights])
 
 
 def network(looping):
     """Loss of a whole toy network, and the gradient of every parameter, with a one-token and an empty segment."""
     row, results = make_row(quiet_run(small())), []
-    for kernels in (tg.Kernels(), tg.Kernels(tg.attention_triton, tg.head_nll_fused, tg.mlp_fused, tg.attention_whole)):
+    for kernels in (tg.Kernels(), tg.Kernels(tg.attention_triton, tg.head_nll_fused, tg.mlp_fused, tg.mix_fused, tg.attention_fused)):
         model = lively(small(), None, looping)
         model = rebuilt(model, kernels, looping)
         loss = model.nll(*row)
@@ -143,12 +165,15 @@ repair_bounds()
 repair_rounding()
 torch.manual_seed(0)
 found = {f"nll {c}": nll(*c) for c in ((7, 64, 30.0), (5, 50, 15.0), (1, 300, 5.0))}
-found |= {f"mlp {c}": mlp(*c) for c in ((300, 64, 264, 0.5), (1, 32, 64, 0.0), (129, 96, 520, 0.5))}
+found |= {f"mlp {c}": mlp(*c) for c in ((300, 64, 264, 0.5), (1, 32, 64, 0.0), (129, 96, 520, 0.5, True))}
 found |= {f"fp8 {c}": mlp8(*c) for c in ((300, 64, 272, 0.5), (1, 32, 64, 0.0))}
+found |= {f"mix {c}": mix(*c) for c in ((300, 64), (1, 40))}
 found |= {f"cached {c}": cached(*c) for c in ((3, 5, 2, 64, (0, 7, 64)), (2, 16, 1, 40, (41, 500)))}
 ODD, WHOLE = (0, 1, 2, 67, 100, 100, 101, 333), (0, 64, 128, 192, 192, 192)
 found |= {f"attended {c}": attended(*c) for c in (
-    (ODD, (4, 2), True, (333, 4)), (WHOLE, (4, 2), True, ()), (ODD, (4, 1), False, (333, 4)), (WHOLE, (2, 2), False, ()),
-    ((0, 20, 40, 77), (4, 2), True, (4,)), (ODD, (4, 2), True, (), 20.0))}  # that gain is four times what fp32 could bear unshifted
+    (ODD, (4, 1)), (WHOLE, (2, 2)), (ODD, (4, 2), 20.0))}  # that gain is four times what fp32 could bear unshifted
+found |= {f"attention {n}": attention(borders, onto, **knobs) for n, (borders, onto, knobs) in enumerate((
+    (ODD, True, {}), (WHOLE, False, {"attn_gate": "none"}), (ODD, True, {"attn_gate": "scalar", "num_kv_heads": 1, "rope_dims": 0}),
+    ((0, 20, 40, 77), False, {"attn_gate": "out", "xsa_last_n": 0, "rope_dims": 8})))}
 found |= {f"network looping={c}": network(c) for c in (False, True)}
 print(json.dumps(found))

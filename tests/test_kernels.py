@@ -27,8 +27,8 @@ def errors():
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kind, cases, bound", [("nll", 3, 2e-6), ("mlp", 3, 2e-6), ("fp8", 2, 1e-2), ("cached", 2, 2e-6),
-                                                ("attended", 6, 5e-6), ("network", 2, 1e-3)])
+@pytest.mark.parametrize("kind, cases, bound", [("nll", 3, 2e-6), ("mlp", 3, 2e-6), ("fp8", 2, 1e-2), ("mix", 2, 2e-6), ("cached", 2, 2e-6),
+                                                ("attended", 3, 5e-6), ("attention", 4, 5e-6), ("network", 2, 1e-3)])
 def test_interpreted_kernels_equal_their_eager_twins(kind, cases, bound, errors):
     mine = {name: e for name, e in errors.items() if name.startswith(kind)}
     assert len(mine) == cases and max(mine.values()) < bound, mine
@@ -44,17 +44,22 @@ def compiled(kernel, types, fixed, spilt=0, **options):
     return made
 
 
-@pytest.mark.parametrize("fp8", [False, True])
-@pytest.mark.parametrize("learn", [False, True])
-def test_the_mlps_kernel_compiles_for_hopper(learn, fp8):
+@pytest.mark.parametrize("name", tg.TILES)
+def test_the_products_kernel_compiles_for_hopper(name):
     """The record's widths and tiles: matrix units of the right kind, and as many programs a multiprocessor as it is launched with."""
-    cfg = config(PRESET="record")
-    height, width, depth, warps, stages, share = tg.TILES[2 * fp8 + learn]
-    kind, half = "fp8e4nv" if fp8 else "bf16", f"[{height}, {width // 2}]>"
-    types = {"X": f"tensordesc<{kind}[{height}, {depth}]>", "W": f"tensordesc<{kind}[{width}, {depth}]>", "HIDDEN": "tensordesc<bf16" + half,
-             "OUT": "tensordesc<bf16" + half, "LOW": f"tensordesc<{kind}" + half, "ROWS": "*fp32", "T": "i32", "slope": "fp32", "gain": "fp32"}
-    fixed = {"N": cfg.hidden_dim, "K": cfg.model_dim, "BM": height, "BN": width, "BK": depth, "LEARN": learn, "FP8": fp8}
-    made = compiled(tg.hidden_product, types, fixed, num_warps=warps, num_stages=stages)
+    cfg, (end, fp8) = config(PRESET="record"), (name.removesuffix(" in FP8"), name.endswith("FP8"))
+    height, width, depth, warps, stages, share = tg.TILES[name]
+    kind, wide = "fp8e4nv" if fp8 else "bf16", cfg.head_dim if end == "heads" else 0
+    width = width or 2 * wide
+    half = f"tensordesc<bf16[{height}, {wide // 2 or width // 2}]>"
+    types = {"X": f"tensordesc<{kind}[{height}, {depth}]>", "W": f"tensordesc<{kind}[{width}, {depth}]>", "MORE": half, "OUT": half,
+             "LOW": half.replace("bf16", kind), **dict.fromkeys(("ROWS", "COS", "SIN", "GAIN"), "*fp32"), "T": "i32", "slope": "fp32", "gain": "fp32"}
+    heads, keys = (cfg.num_heads, cfg.num_kv_heads) if end == "heads" else (0, 0)
+    rows, depths = {"heads": ((heads + 2 * keys) * cfg.head_dim, cfg.model_dim), "add": (cfg.model_dim, cfg.hidden_dim)}.get(
+        end, (cfg.hidden_dim, cfg.model_dim))
+    fixed = {"N": rows, "K": depths, "H": heads, "TURNING": heads + keys, "E": wide, "R": cfg.rotary_dims if heads else 0, "BM": height, "BN": width,
+             "BK": depth, "END": end, "FP8": fp8}
+    made = compiled(tg.product_kernel, types, fixed, num_warps=warps, num_stages=stages)
     assert f"wgmma.mma_async.sync.aligned.m64n{width}k{32 if fp8 else 16}.f32.{'e4m3' if fp8 else 'bf16'}" in made.asm["ptx"]
     assert share * (made.metadata.shared + 1024) <= 228 * 1024
 
@@ -64,9 +69,10 @@ def test_attentions_kernels_compile_for_hopper(ending):
     """The record's heads: two programs a multiprocessor each; keys spill a few numbers, outside of their loops."""
     cfg, (rows, warps, stages) = config(PRESET="record"), tg.ATTEND
     tile = f"tensordesc<bf16[{rows}, {cfg.head_dim}]>"
-    fixed = {"H": cfg.num_heads, "G": cfg.num_heads // cfg.num_kv_heads, "E": cfg.head_dim, "B": rows, "XSA": ending, "GATED": ending}
-    one = {"T": "i32", "scale": "fp32", "LSE": "*fp32", "DELTA": "*fp32", "ALONG": "*fp32", "GATE": "*bf16",
-           "DGATE": "*bf16", "FIRST": "*i32", "STOP": "*i32"}
+    fixed = {"H": cfg.num_heads, "G": cfg.num_heads // cfg.num_kv_heads, "E": cfg.head_dim, "R": cfg.rotary_dims * ending, "B": rows,
+             "XSA": ending, "GATED": ending}
+    one = {"T": "i32", "scale": "fp32", "GATE": "*bf16", "DGATE": "*bf16", "FIRST": "*i32", "STOP": "*i32",
+           **dict.fromkeys(("LSE", "DELTA", "ALONG", "ROOT", "COS", "SIN", "GAIN", "DGAIN"), "*fp32")}
     for kernel, depth in zip((tg.attend_forward, tg.attend_queries, tg.attend_keys), stages):
         names = kernel.arg_names
         made = compiled(kernel, {n: one.get(n, tile) for n in names if n not in fixed}, {n: x for n, x in fixed.items() if n in names},
@@ -75,10 +81,13 @@ def test_attentions_kernels_compile_for_hopper(ending):
 
 
 def test_the_other_kernels_compile_for_hopper():
-    """Nats over the record's vocabulary; attention of a lock step's chunks to a full ring."""
+    """Nats over the record's vocabulary, a block's start; attention of a lock step's chunks to a full ring."""
     cfg, tensor = config(PRESET="record"), "*bf16"
     compiled(tg.capped_nll, {"LOGITS": tensor, "TARGETS": "*i64", "NLL": "*fp32", "cap": "fp32"},
              {"V": cfg.vocab_size, "B": cfg.vocab_size, "SLOPE": True}, num_warps=8)
+    rows, warps, _ = tg.MIX
+    compiled(tg.mix_back, {**dict.fromkeys(("X", "X0", "GRAD", "NORMED", "DX", "DX0"), tensor), **dict.fromkeys(("MIX", "DEPTH", "SUMS"), "*fp32"), "T": "i32"},
+             {"D": cfg.model_dim, "W": cfg.model_dim, "B": rows}, num_warps=warps)
     group, chunk = cfg.num_heads // cfg.num_kv_heads, cfg.ttt_chunk_size
     shape = {"W": cfg.eval_seq_len, "C": chunk, "H": cfg.num_heads, "G": group, "E": cfg.head_dim, "R": 128, "J": 64, "N": 64}
     assert 64 < group * chunk <= shape["R"] and 32 < chunk <= shape["J"]
@@ -91,7 +100,7 @@ def test_the_other_kernels_compile_for_hopper():
 def test_without_a_gpu_the_eager_twins_run(tmp_path):
     cfg = config(PRESET="record")
     chosen = tg.choose_kernels(cfg, make_run(tmp_path, cfg))
-    assert chosen[1:] == (tg.head_nll_eager, tg.mlp_eager, None)
+    assert chosen[1:] == (tg.head_nll_eager, tg.mlp_eager, tg.mix_eager, None)
 
 
 @pytest.mark.parametrize("fp8", ["none", "mlp"])

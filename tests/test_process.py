@@ -888,7 +888,7 @@ def probe(first):
 
 
 def test_import_without_anything_optional(probe):
-    optional = ("cuda", "fa3", "brotli", "zstd")
+    optional = ("cuda", "brotli", "zstd")
     assert {k: probe["have"][k] for k in optional} == dict.fromkeys(optional, False)
     assert probe["codecs"] == ["zlib", "lzma"]
 
