@@ -3773,8 +3773,10 @@ def fit_artifact(quantizer: Quantizer, meta: dict, cfg: Config, run: Run) -> tup
         if total <= cap and (coarser == finest or total > 0.995 * cap) or stuck:
             break
         slope = -quantizer.weights / 8 if len(tries) < 2 else (tries[1][1] - tries[0][1]) / (tries[1][0] - tries[0][0])
-        # never so far that steps lose their meaning
-        octaves = min(max((goal - total) / min(slope, -1.0), -2.0), 2.0)
+        # never so far that steps lose their meaning, nor much farther than before: steps are rounded to sixteenths of an octave, so two
+        # tries can come to one total, whose secant would point anywhere
+        most = 2.0 if len(tries) < 2 else min(3 * abs(tries[1][0] - tries[0][0]), 2.0)
+        octaves = min(max((goal - total) / min(slope, -1.0), -most), most)
         coarser = max(coarser * 2 ** octaves, finest)
     if best is None:
         run.fail(f"artifact does not fit: {total} bytes > {cap} at steps x{last[-1]:.2f}")

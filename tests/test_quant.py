@@ -682,6 +682,27 @@ def test_the_search_leaves_a_plateau():
     assert not run.failures and coarser >= 4 and len(data) == 8000
 
 
+def test_two_tries_of_one_total_do_not_send_the_search_far_away():
+    """Steps are rounded to sixteenths of an octave: where many flip together a small move changes no byte, and no secant can be drawn."""
+    tried = []
+
+    class Rounded:
+        slopes, weights, kept = {}, 8000, {}
+
+        def solve(self, coarser):
+            tried.append(math.log2(coarser))
+            return coarser, {}
+
+    def packed(coarser, *rest):  # a kilobyte an octave, in fiftieths of it
+        return b"x" * (9001 - 20 * math.floor(50 * math.log2(coarser) + 1e-9)), {}
+    cfg = small(artifact_max_bytes=10_000)
+    run = quiet_run(cfg)
+    with mock.patch.multiple(tg, pack_code=lambda source: b"x" * 1000, bits_by_tensor=lambda tensors: {"w": 0}, build_artifact=packed):
+        data, _, _ = tg.fit_artifact(Rounded(), {}, cfg, run)
+    assert not run.failures and 8950 <= len(data) <= 9000
+    assert 0 < tried[1] < 0.02 and max(tried) < 0.2
+
+
 @pytest.mark.parametrize("spare", [-1000, 300])
 def test_a_cap_that_cannot_be_met_is_a_failure(spare, wide):
     """Smaller than the code alone, or than code and scales: the run goes on, its weights stay numbers, its verdict says so."""
