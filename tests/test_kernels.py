@@ -103,14 +103,18 @@ def test_without_a_gpu_the_eager_twins_run(tmp_path):
     assert chosen[1:] == (tg.head_nll_eager, tg.mlp_eager, tg.mix_eager, None)
 
 
-@pytest.mark.parametrize("fp8", ["none", "mlp"])
-def test_a_hopper_gpu_runs_the_form_that_was_asked_for(fp8, tmp_path, monkeypatch):
-    cfg, called = config(PRESET="record", FP8=fp8), []
-    run = make_run(tmp_path, cfg)
+def pretend_hopper(monkeypatch, run):
     monkeypatch.setattr(tg, "choose_attention", lambda cfg, run: tg.attention_sdpa)
     monkeypatch.setitem(tg.HAVE, "triton", True)
     monkeypatch.setattr(run, "device", tg.torch.device("cuda"))
     monkeypatch.setattr(tg.torch.cuda, "get_device_capability", lambda: (9, 0))
+
+
+@pytest.mark.parametrize("fp8", ["none", "mlp"])
+def test_a_hopper_gpu_runs_the_form_that_was_asked_for(fp8, tmp_path, monkeypatch):
+    cfg, called = config(PRESET="record", FP8=fp8), []
+    run = make_run(tmp_path, cfg)
+    pretend_hopper(monkeypatch, run)
     monkeypatch.setattr(tg.MLP8, "apply", lambda *inputs: called.append(("mlp", inputs)))
     monkeypatch.setattr(tg.torch.ops.golf, "mlp", lambda *inputs: [called.append(("none", inputs))])
     layers = tg.Linear(32, 16), tg.Linear(16, 32)
@@ -134,13 +138,20 @@ def test_attentions_own_kernels_are_passed_over(kernels, capability, why, tmp_pa
         tg.choose_attention(config(PRESET="record", KERNELS=kernels, ATTN_BACKEND="triton"), run)
 
 
-def test_fp8_that_cannot_run_is_said_loudly(tmp_path):
-    cfg = config(PRESET="record", FP8="mlp")
+@pytest.mark.parametrize("gpu, knobs, told", [
+    (False, {}, "kernels:eager fp8:none (FP8=mlp needs our kernels, a Hopper GPU"), (False, {"FP8": "none"}, "kernels:eager fp8:none\n"),
+    (True, {}, "kernels:triton fp8:mlp\n"), (True, {"MLP_MULT": 4.01}, "widths that are multiples of 16"),
+    (True, {"KERNELS": "eager"}, "kernels:eager fp8:none (FP8=mlp needs our kernels")], ids=str)
+def test_whether_fp8_runs_is_told(gpu, knobs, told, tmp_path, monkeypatch):
+    cfg = config(PRESET="record", **knobs)
     run = make_run(tmp_path, cfg)
+    if gpu:
+        pretend_hopper(monkeypatch, run)
     run.open_log(cfg)
     chosen = tg.choose_kernels(cfg, run)
     run.close()
-    assert chosen.mlp is tg.mlp_eager and "FP8=mlp needs the fused MLP on a Hopper GPU" in run.path(".txt").read_text().split(tg.RULER)[-1]
+    assert told in run.path(".txt").read_text().split(tg.RULER)[-1]
+    assert (chosen.mlp is tg.mlp_eager) == ("eager" in told) and (getattr(chosen.mlp, "keywords", {}) == {"fp8": True}) == ("fp8:mlp" in told)
 
 
 def test_fused_kernels_that_cannot_run_stop_the_run(tmp_path):
