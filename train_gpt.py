@@ -1730,8 +1730,8 @@ def try_attention(name: str, cfg: Config, run: Run) -> str:
     """Run a backend forward and backward on four short segments; the error's text, empty if it agrees with eager."""
     if name in HAVE and not (HAVE[name] and HAVE["cuda"]):  # sdpa and eager are torch itself
         return "not installed" if not HAVE[name] else "needs a GPU"
-    if name == "triton" and (cfg.kernels == "eager" or torch.cuda.get_device_capability() < (9, 0)):
-        return "KERNELS=eager" if cfg.kernels == "eager" else "made for Hopper and later"
+    if name == "triton" and (cfg.kernels == "eager" or cfg.head_dim > 128 or torch.cuda.get_device_capability() < (9, 0)):
+        return "KERNELS=eager" if cfg.kernels == "eager" else "made for Hopper and later, and heads of up to 128"
     # a one-token segment breaks careless kernels
     cu = torch.tensor([0, 1, 70, 200, 256], dtype=torch.int32, device=run.device)
     heads = (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads)
@@ -2207,11 +2207,12 @@ def choose_kernels(cfg: Config, run: Run) -> Kernels:
         raise ConfigError("KERNELS=triton: Triton or a GPU is missing here")
     fused = able and cfg.kernels != "eager"
     nll = head_nll_fused if fused and cfg.logit_softcap else head_nll_eager
-    hopper = fused and torch.cuda.get_device_capability() >= (9, 0)
-    fp8 = hopper and cfg.fp8 == "mlp" and cfg.model_dim % 16 == cfg.hidden_dim % 16 == 0
-    missed = "" if fp8 or cfg.fp8 == "none" else f" (FP8={cfg.fp8} needs our kernels, a Hopper GPU, widths that are multiples of 16)"
-    run.log(f"kernels:{'triton' if fused else 'eager'} fp8:{cfg.fp8 if fp8 else 'none'}{missed}")
-    mlp = functools.partial(mlp_fused, fp8=fp8) if hopper else mlp_eager
+    whole = cfg.model_dim % 16 == cfg.hidden_dim % 16 == 0  # what tensor descriptors and products in FP8 ask of a row
+    hopper = fused and torch.cuda.get_device_capability() >= (9, 0) and whole
+    fp8 = cfg.fp8 if hopper else "none"
+    missed = "" if fp8 == cfg.fp8 else f" (FP8={cfg.fp8} needs our kernels, a Hopper GPU, widths that are multiples of 16)"
+    run.log(f"kernels:{'triton' if fused else 'eager'} fp8:{fp8}{missed}")
+    mlp = functools.partial(mlp_fused, fp8=fp8 == "mlp") if hopper else mlp_eager
     return Kernels(attend, nll, mlp, mix_fused if fused else mix_eager, attention_fused if attend is attention_triton else None)
 
 
