@@ -2152,10 +2152,9 @@ def attention_like(x: Tensor, qkv: Tensor, o: Tensor, gain: Tensor, *rest) -> tu
 def attention_op(x: Tensor, qkv: Tensor, o: Tensor, gain: Tensor, gate: Tensor, onto: Tensor | None, cos: Tensor, sin: Tensor, first: Tensor,
                  stop: Tensor, xsa: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Attention's output [T, D], and for the way back the turned heads [T, H + 2 K, E], their roots [H + K, T], and attend_rows'."""
-    H, T = len(gain), len(x)
-    rows = x.new_empty(T, len(qkv) * H // o.shape[1], o.shape[1] // H)
-    K = (rows.shape[1] - H) // 2
-    root = x.new_empty(H + K, T, dtype=torch.float32)
+    H, E = len(gain), o.shape[1] // len(gain)
+    K = (len(qkv) // E - H) // 2
+    rows, root = x.new_empty(len(x), H + 2 * K, E), x.new_empty(H + K, len(x), dtype=torch.float32)
     launch_product("heads", x, qkv, rows.flatten(1), turned=Turned(root, cos, sin, gain))
     y, lse, along = attend_rows(*rows.split((H, K, K), 1), gate, first, stop, xsa)
     return product_onto(y.flatten(1), o, onto), rows, root, y, lse, along
