@@ -2017,8 +2017,8 @@ E4M3, MOST = torch.float8_e4m3fn, 448.0  # eight bits, and the largest number in
 
 
 def launch_product(end: str, x: Tensor, w: Tensor, out: Tensor, more: Tensor | None = None, low: Tensor | None = None,
-                   rows: Tensor | None = None, slope: float = 0.0, gain: float = 1.0, turned: Turned | None = None) -> None:
-    """product_kernel over the whole device. x [T, K], w [N, K], out, more and low [T, N], rows [T]"""
+                   rows: Tensor | None = None, slope: float = 0.0, gain: float = 1.0, turned: Turned | None = None) -> Tensor:
+    """product_kernel over the whole device, into `out`, which is returned. x [T, K], w [N, K], out, more and low [T, N], rows [T]"""
     fp8 = x.dtype == E4M3
     height, width, depth, warps, stages, share = TILES[end + " in FP8" * fp8]
     root, cos, sin, gains = turned or (rows if fp8 else out, out, out, out)
@@ -2029,6 +2029,7 @@ def launch_product(end: str, x: Tensor, w: Tensor, out: Tensor, more: Tensor | N
     programs = share * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
     product_kernel[(programs,)](*described, root, cos, sin, gains, len(x), slope, gain, len(w), w.shape[1], *heads, height, width, depth,
                                 end, fp8, num_warps=warps, num_stages=stages)
+    return out
 
 
 def hidden_like(x: Tensor, w: Tensor, *rest) -> tuple[Tensor, Tensor]:
@@ -2041,17 +2042,12 @@ def hidden_like(x: Tensor, w: Tensor, *rest) -> tuple[Tensor, Tensor]:
 def hidden_rows(x: Tensor, w: Tensor, hidden: Tensor | None, rows: Tensor | None, slope: float, gain: float) -> tuple[Tensor, Tensor]:
     """The MLP's hidden rows [T, N], or from x a gradient theirs, and the same in FP8 where x and w are. hidden [T, N], rows [T]"""
     out, low = hidden_like(x, w)
-    launch_product("square" if hidden is None else "slope", x, w, out, hidden, low if len(low) else None, rows, slope, gain)
-    return out, low
+    return launch_product("square" if hidden is None else "slope", x, w, out, hidden, low if len(low) else None, rows, slope, gain), low
 
 
 def product_onto(x: Tensor, w: Tensor, onto: Tensor | None) -> Tensor:
     """onto + x w^T in one pass: torch's addmm copies what it adds to. [T, K], [N, K], [T, N] -> [T, N]"""
-    if onto is None:
-        return x @ w.T
-    out = torch.empty_like(onto)
-    launch_product("add", x, w, out, onto)
-    return out
+    return x @ w.T if onto is None else launch_product("add", x, w, torch.empty_like(onto), onto)
 
 
 # The whole MLP as one opaque operator, so that its backward product can have the activation's slope in its epilogue.
@@ -2154,8 +2150,8 @@ def attention_op(x: Tensor, qkv: Tensor, o: Tensor, gain: Tensor, gate: Tensor, 
     """Attention's output [T, D], and for the way back the turned heads [T, H + 2 K, E], their roots [H + K, T], and attend_rows'."""
     H, E = len(gain), o.shape[1] // len(gain)
     K = (len(qkv) // E - H) // 2
-    rows, root = x.new_empty(len(x), H + 2 * K, E), x.new_empty(H + K, len(x), dtype=torch.float32)
-    launch_product("heads", x, qkv, rows.flatten(1), turned=Turned(root, cos, sin, gain))
+    root = x.new_empty(H + K, len(x), dtype=torch.float32)
+    rows = launch_product("heads", x, qkv, x.new_empty(len(x), len(qkv)), turned=Turned(root, cos, sin, gain)).view(len(x), -1, E)
     y, lse, along = attend_rows(*rows.split((H, K, K), 1), gate, first, stop, xsa)
     return product_onto(y.flatten(1), o, onto), rows, root, y, lse, along
 
@@ -3714,6 +3710,7 @@ def bare(source: str) -> str:
     return "\n".join(line.rstrip() for line in lines if line.strip()) + "\n"
 
 
+@functools.cache
 def pack_code(source: str) -> bytes:
     """This file without comments and docstrings, compressed, as a Python file that runs: the code that is counted.
 

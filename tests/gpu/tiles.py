@@ -92,11 +92,9 @@ def products(tg, tokens: int, width=512, heads=(4, 2), wide=128) -> None:
     x, w = random(tokens, width), random((heads[0] + 2 * heads[1]) * wide, width)
     rows = random(tokens, len(w))
 
-    def turn():
-        tg.launch_product("heads", x, w, rows, turned=turned)
-        return rows
     print(f"512 -> {len(w)}; cuBLAS: {replayed(lambda: x @ w.T):.3f} ms")
-    try_tiles(tg, "heads", "heads", [(t[0], 0, *t[2:]) for t in TILES if t[1] == 2 * wide], 2e-9 * tokens * len(w) * width, turn)
+    try_tiles(tg, "heads", "heads", [(t[0], 0, *t[2:]) for t in TILES if t[1] == 2 * wide],
+              2e-9 * tokens * len(w) * width, lambda: tg.launch_product("heads", x, w, rows, turned=turned))
     for deep in (512, 2304):
         x, w, onto = random(tokens, deep), random(width, deep), random(tokens, width)
         print(f"{deep} -> {width}; cuBLAS: {replayed(lambda: x @ w.T):.3f} ms, addmm {replayed(lambda: torch.addmm(onto, x, w.T)):.3f} ms")
