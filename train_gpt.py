@@ -2444,6 +2444,7 @@ class Block(nn.Module):
         Returns the new stream, the new second lane and what attention keeps. (Two lanes: PR #1204.)
         """
         base, normed = self.start(x, x0, self.resid_mix, self.depth_scale, mix is None)
+        # without lanes attention adds to the stream itself, and `a` is the stream behind it
         a, keeps = self.attn(normed, values, rope, cu, longest, lora, past, base if mix is None else None)
         if mix is not None:
             lane = x if lane is None else lane  # the first such visit splits the stream
