@@ -160,7 +160,7 @@ class ModelKnobs:
     mlp_act: str = knob("leaky_relu2", "leaky_relu2 keeps a gradient on the negative side", ("leaky_relu2", "relu2"))
     tie_embeddings: bool = knob(True, "the head is the embedding; untying costs V*D parameters")
     logit_softcap: float = knob(30.0, "logits are cap*tanh(z/cap); 0: no cap", low=0)
-    qk_gain_init: float = knob(5.0, "start of the learned per-head gain on normalised queries; higher is sharper", low=0)
+    qk_gain_init: float = knob(5.0, "start of the learned per-head gain on normalised queries; higher is sharper", low=0.01)
     rope_base: float = knob(10000.0, "rotary base", low=1)
     rope_dims: int = knob(16, "channels of a head that rotate; 0: all", low=0)
     ln_scale: bool = knob(True, "norm outputs times 1/sqrt(layer+1): deeper layers speak more softly")
@@ -1339,7 +1339,7 @@ if installed("triton"):  # on a CPU too: its interpreter runs the kernels there,
     @triton.jit
     def turn_back(d, x, gain, ROOT, COS, SIN, at, row, T, E: tl.constexpr, R: tl.constexpr, B: tl.constexpr):
         """From the gradient of x = gain rotate(norm(z)), a head's rows: that of z, and by row the gain's."""
-        own, live = tl.sum(d * x, 1) / gain, row < T
+        own, live = tl.sum(d * x, 1) / tl.where(gain == 0, float("inf"), gain), row < T  # nothing, instead of a NaN
         d = tl.load(ROOT + at, mask=live, other=0.0)[:, None] * (gain * d - x * (own / E)[:, None])
         left, right = halves(d, B, E)
         cos, sin = angles(COS, SIN, row, live, E, R)
@@ -1391,7 +1391,8 @@ if installed("triton"):  # on a CPU too: its interpreter runs the kernels there,
                        H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, R: tl.constexpr, B: tl.constexpr, XSA: tl.constexpr,
                        GATED: tl.constexpr):
         """DQ of a block of rows and one head, with R before their norm and rotation. Also what keys need then: DELTA = sum_j p_j dp_j,
-        with XSA or a gate the gradient INNER of attention's own output, with XSA the gradient SELF of the token's own value."""
+        with XSA or a gate the gradient INNER of attention's own output, with XSA the gradient SELF of the token's own value. What a
+        factor of 0 makes of OUT says nothing about the factor, which takes no gradient then."""
         head, begin = tl.program_id(0), tl.program_id(1) * B
         row, first, low, plain, end = reach(FIRST, begin, T, B)
         own, at, gate = head // G * E, head * T + row, tl.full([B], 1.0, tl.float32)
@@ -1726,11 +1727,16 @@ def renew_rows(theta: Tensor, grad: Tensor, first: Tensor | None, second: Tensor
 ATTENTION = {"triton": attention_triton, "varlen": attention_varlen, "sdpa": attention_sdpa, "eager": attention_eager}
 
 
+def large_tiles() -> bool:
+    """Whether our tiles fit: tensor descriptors, and the shared memory of a Hopper or a large Blackwell GPU."""
+    return torch.cuda.get_device_capability() >= (9, 0) and torch.cuda.get_device_properties(0).shared_memory_per_block_optin >= 227 << 10
+
+
 def try_attention(name: str, cfg: Config, run: Run) -> str:
     """Run a backend forward and backward on four short segments; the error's text, empty if it agrees with eager."""
-    if name in HAVE and not (HAVE[name] and HAVE["cuda"]):  # sdpa and eager are torch itself
-        return "not installed" if not HAVE[name] else "needs a GPU"
-    if name == "triton" and (cfg.kernels == "eager" or cfg.head_dim > 128 or torch.cuda.get_device_capability() < (9, 0)):
+    if not HAVE.get(name, True):  # sdpa and eager are torch itself
+        return "not installed, or no GPU"
+    if name == "triton" and (cfg.kernels == "eager" or cfg.head_dim > 128 or not large_tiles()):
         return "KERNELS=eager" if cfg.kernels == "eager" else "made for Hopper and later, and heads of up to 128"
     # a one-token segment breaks careless kernels
     cu = torch.tensor([0, 1, 70, 200, 256], dtype=torch.int32, device=run.device)
@@ -1941,7 +1947,7 @@ class Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         """The sum, in fp32 until the end."""
-        return ctx.run(total, *(g for g in grads if g is not None)), None, None
+        return ctx.run(total, *grads), None, None
 
 
 def total(*rows: Tensor) -> Tensor:
@@ -2203,7 +2209,7 @@ def choose_kernels(cfg: Config, run: Run) -> Kernels:
     fused = able and cfg.kernels != "eager"
     nll = head_nll_fused if fused and cfg.logit_softcap else head_nll_eager
     whole = cfg.model_dim % 16 == cfg.hidden_dim % 16 == 0  # what tensor descriptors and products in FP8 ask of a row
-    hopper = fused and torch.cuda.get_device_capability() >= (9, 0) and whole
+    hopper = fused and large_tiles() and whole
     fp8 = cfg.fp8 if hopper else "none"
     missed = "" if fp8 == cfg.fp8 else f" (FP8={cfg.fp8} needs our kernels, a Hopper GPU, widths that are multiples of 16)"
     run.log(f"kernels:{'triton' if fused else 'eager'} fp8:{fp8}{missed}")
@@ -5012,8 +5018,9 @@ def find_file(cfg: Config, given: str, suffix: str) -> Path:
 
 def restore_config(env: dict, stored: dict, path: Path) -> Config:
     """The stored run's own config, with what the environment says about running it; the network's shape is fixed."""
-    # what belongs to that run's files, not to its recipe
-    own = {k: v for k, v in stored.items() if k not in ("mode", "run_id", "artifact_dir", "artifact", "checkpoint", "track")}
+    # what belongs to that run's files and machine, not to its recipe; before there was FP8, products were in bf16
+    own = {k: v for k, v in ({"fp8": "none"} | stored).items()
+           if k not in ("mode", "run_id", "artifact_dir", "artifact", "checkpoint", "track", "attn_backend")}
     own = {k: v for k, v in own.items() if k not in REMOVED or v != REMOVED[k]}
     known = {f.name: f for f in dataclasses.fields(Config)}
     if own.keys() - known.keys():

@@ -5,7 +5,8 @@
 
 The program loads this file and hands itself over as `tg`; nothing is trained that is kept, and validation text is not read:
 the scorer runs on random documents of the validation set's lengths. Floors: bytes over the rate of a large copy, operations
-over the rate of a large bf16 product (fp32 on a CPU), both measured here at the start. The figures go to
+over the rate of a large bf16 product (fp32 on a CPU), both measured here at the start: what runs in FP8 can be faster than
+that (FP8=none times what has a floor). The figures go to
 ARTIFACT_DIR/RUN_ID.bench.json; keep that file beside a speed log.
 """
 import copy

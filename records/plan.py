@@ -12,6 +12,7 @@ reaches into torch's internals (written for 2.13), so another version may plan o
 import argparse
 import contextlib
 import copy
+import functools
 import types
 from pathlib import Path
 from unittest import mock
@@ -37,7 +38,8 @@ def trace(tg, cfg, layer: int, tokens: int) -> list:
     from torch._inductor import compile_fx
     from torch._inductor.decomposition import select_decomp_table
     from torch._subclasses.fake_tensor import FakeTensorMode
-    block = tg.Block(cfg, layer, tg.Kernels(tg.attention_triton, mlp=tg.mlp_fused, mix=tg.mix_fused, attention=tg.attention_fused))
+    mlp = functools.partial(tg.mlp_fused, fp8=cfg.fp8 == "mlp")
+    block = tg.Block(cfg, layer, tg.Kernels(tg.attention_triton, mlp=mlp, mix=tg.mix_fused, attention=tg.attention_fused))
     lanes = cfg.parallel_residual == "two" and layer >= cfg.parallel_start_layer
     graphs = []
 

@@ -141,6 +141,22 @@ def attention(borders, onto, **knobs):
     return compare(form(tg.attention_fused, tg.segment_bounds(cu, total)), form(None, cu), [*rows, *weights])
 
 
+def gain_of_nothing():
+    """A head whose gain is 0 has no gradient for its queries and says nothing of its gain; every other number is the eager twin's."""
+    cfg, cu = small(model_dim=64, num_heads=2, attn_gate="none"), torch.tensor([0, 70], dtype=torch.int32)
+    layer = tg.Attention(cfg, 3, tg.Kernels(tg.attention_eager, attention=tg.attention_fused))
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.copy_(torch.randn(p.shape) / 8 + (p.dim() < 2))
+        layer.q_gain[0] = 0
+    x, grad, rope, results = torch.randn(70, 64), torch.randn(70, 64), tg.Rotary(cfg.rotary_dims, 1e4)(torch.arange(70)), []
+    for layer.fused, where in ((tg.attention_fused, tg.segment_bounds(cu, 70)), (None, cu)):
+        out = layer(x.requires_grad_(), tg.OtherValues(), rope, where, 70, tg.VisitAdapters(), None)[0]
+        gain, *others = torch.autograd.grad(out, [layer.q_gain, x, layer.qkv.weight, layer.o.weight, layer.o.scale], grad)
+        results.append([out, *others, gain[1:]])
+    return max(map(error, *results))
+
+
 def network(looping):
     """Loss of a whole toy network, and the gradient of every parameter, with a one-token and an empty segment."""
     row, results = make_row(quiet_run(small())), []
@@ -175,5 +191,6 @@ found |= {f"attended {c}": attended(*c) for c in (
 found |= {f"attention {n}": attention(borders, onto, **knobs) for n, (borders, onto, knobs) in enumerate((
     (ODD, True, {}), (WHOLE, False, {"attn_gate": "none"}), (ODD, True, {"attn_gate": "scalar", "num_kv_heads": 1, "rope_dims": 0}),
     ((0, 20, 40, 77), False, {"attn_gate": "out", "xsa_last_n": 0, "rope_dims": 8})))}
+found["attention with a gain of 0"] = gain_of_nothing()
 found |= {f"network looping={c}": network(c) for c in (False, True)}
 print(json.dumps(found))

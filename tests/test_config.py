@@ -358,6 +358,16 @@ def test_artifacts_of_earlier_versions_are_read_where_a_removed_knob_was_off():
             tg.restore_config({}, {**stored, name: value}, Path("old.artifact"))
 
 
+def test_artifacts_that_knew_no_fp8_stay_in_bf16_and_name_no_backend():
+    """What they learn between documents is what they were scored with; how attention is computed is another machine's business."""
+    stored = {**config(PRESET="pr2135").as_dict(), "attn_backend": "fa3"}
+    del stored["fp8"]
+    restored = tg.restore_config({}, stored, Path("old.artifact"))
+    assert (restored.fp8, restored.attn_backend) == ("none", "auto")
+    assert tg.restore_config({"FP8": "mlp", "ATTN_BACKEND": "sdpa"}, stored, Path("old.artifact")).fp8 == "mlp"
+    assert tg.restore_config({}, config(PRESET="record").as_dict(), Path("new.artifact")).fp8 == "mlp"
+
+
 @pytest.mark.parametrize("name", sorted(n.upper() for n in tg.REMOVED))
 def test_a_removed_knob_stops_the_run(name):
     """LOOP_MIX and ATTN_WINDOW were once passed over in silence: neither word belongs to this contest alone."""

@@ -261,7 +261,7 @@ print(json.dumps({"have": t.HAVE, "codecs": list(t.codecs()), "seeds": [start(1)
 def first(lab):
     """One finished run, and beside it the bare module, imported where nothing optional is installed."""
     (lab.program.parent / "probe.py").write_text(PROBE)
-    blocked = lab.blocking("brotli", "zstandard", "triton", "flash_attn", "flash_attn_interface")
+    blocked = lab.blocking("brotli", "zstandard", "triton")
     return together({
         "whole": lambda: lab.run("whole", lab.small()),
         "probe": lambda: lab.run("probe", lab.small(), lab.program.parent / "probe.py", blocked=blocked)})
