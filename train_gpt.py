@@ -1852,19 +1852,15 @@ def head_nll_fused(h: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Te
     return torch.ops.golf.head_nll(h, weight, targets, cap, torch.is_grad_enabled())[0]
 
 
-def added(x: Tensor, onto: Tensor | None) -> Tensor:
-    return x if onto is None else onto + x
+def programs(share: int, x: Tensor) -> int:
+    """Programs that take blocks in turn: so many a multiprocessor of x's GPU, and a few in Triton's interpreter."""
+    return share * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
 
 
 def learns(weight: Tensor) -> bool:
     """Whether this pass is one whose gradients reach the weight. Elsewhere what is fused would keep tensors for no way back, hide
     modules' inputs from their hooks, and not know adapters."""
     return torch.is_grad_enabled() and weight.requires_grad
-
-
-def mlp_eager(x: Tensor, up: nn.Module, down: nn.Module, slope: float, onto: Tensor | None = None) -> Tensor:
-    """Up, squared leaky ReLU, down, added onto the residual stream if there is one. x [T, D] -> [T, D]"""
-    return added(down(F.leaky_relu(up(x), slope).square()), onto)
 
 
 def mix_eager(x: Tensor, x0: Tensor, weights: Tensor, depth: Tensor, stream: bool) -> tuple[Tensor, Tensor]:
@@ -1910,9 +1906,8 @@ MIX = (8, 4, 2)  # rows of a block, warps, programs a multiprocessor
 def mix_backward_op(grad: Tensor, normed: Tensor, x: Tensor, x0: Tensor, weights: Tensor, depth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, x0 and the weights."""
     (T, D), (rows, warps, share), (grad, normed) = x.shape, MIX, (t.contiguous() for t in (grad, normed))
-    programs = share * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
-    dx, dx0, sums = torch.empty_like(x), torch.empty_like(x0), weights.new_empty(programs, 2, D)
-    mix_back[(programs,)](x, x0, weights, depth, grad, normed, dx, dx0, sums, T, D, triton.next_power_of_2(D), rows, num_warps=warps)
+    dx, dx0, sums = torch.empty_like(x), torch.empty_like(x0), weights.new_empty(programs(share, x), 2, D)
+    mix_back[(len(sums),)](x, x0, weights, depth, grad, normed, dx, dx0, sums, T, D, triton.next_power_of_2(D), rows, num_warps=warps)
     return dx, dx0, sums.sum(0)
 
 
@@ -1952,6 +1947,15 @@ class Shared(torch.autograd.Function):
 
 def total(*rows: Tensor) -> Tensor:
     return sum(t.float() for t in rows).to(rows[0].dtype)
+
+
+def added(x: Tensor, onto: Tensor | None) -> Tensor:
+    return x if onto is None else onto + x
+
+
+def mlp_eager(x: Tensor, up: nn.Module, down: nn.Module, slope: float, onto: Tensor | None = None) -> Tensor:
+    """Up, squared leaky ReLU, down, added onto the residual stream if there is one. x [T, D] -> [T, D]"""
+    return added(down(F.leaky_relu(up(x), slope).square()), onto)
 
 
 if installed("triton"):
@@ -2032,9 +2036,8 @@ def launch_product(end: str, x: Tensor, w: Tensor, out: Tensor, more: Tensor | N
     heads, width = (len(gains), len(root), wide, cos.shape[-1]) if turned else (0,) * 4, width or 2 * wide
     tall = [(out if t is None else t, (height, wide // 2 or width // 2)) for t in (more, out, low)]
     described = [TensorDescriptor.from_tensor(t, list(block)) for t, block in [(x, (height, depth)), (w, (width, depth)), *tall]]
-    programs = share * torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
-    product_kernel[(programs,)](*described, root, cos, sin, gains, len(x), slope, gain, len(w), w.shape[1], *heads, height, width, depth,
-                                end, fp8, num_warps=warps, num_stages=stages)
+    product_kernel[(programs(share, x),)](*described, root, cos, sin, gains, len(x), slope, gain, len(w), w.shape[1], *heads, height, width,
+                                          depth, end, fp8, num_warps=warps, num_stages=stages)
     return out
 
 

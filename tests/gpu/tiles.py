@@ -18,10 +18,7 @@ import runs  # noqa: E402
 # as TILES has them: rows, columns, depth, warps, stages, and so many programs an SM as registers and shared memory leave room for
 TILES = [(128, 256, 64, 8, 3, 1), (128, 256, 64, 8, 2, 1), (128, 128, 64, 4, 3, 2), (128, 128, 64, 4, 2, 2), (128, 128, 64, 8, 3, 1),
          (128, 128, 64, 8, 2, 2), (128, 128, 64, 8, 4, 1), (64, 256, 64, 4, 2, 2), (64, 256, 64, 4, 3, 1), (64, 128, 64, 4, 4, 2), (64, 128, 64, 4, 3, 2),
-         (64, 128, 64, 4, 2, 3), (128, 128, 32, 4, 4, 2), (128, 128, 64, 4, 4, 2),
-         (128, 256, 64, 16, 3, 1), (64, 256, 64, 4, 2, 2), (128, 256, 32, 8, 4, 1)]
-
-
+         (64, 128, 64, 4, 2, 3), (128, 128, 32, 4, 4, 2), (128, 128, 64, 4, 4, 2), (128, 256, 32, 8, 4, 1)]
 STAGES = [(3, 2, 2), (2, 2, 2), (4, 2, 2), (3, 3, 2), (3, 1, 2), (3, 2, 3), (3, 2, 1)]  # of forward, queries and keys, blocks of 64 rows
 
 
@@ -91,7 +88,6 @@ def products(tg, tokens: int, width=512, heads=(4, 2), wide=128) -> None:
     turned = tg.Turned(torch.empty(sum(heads), tokens, device="cuda"), *angles, gain)
     x, w = random(tokens, width), random((heads[0] + 2 * heads[1]) * wide, width)
     rows = random(tokens, len(w))
-
     print(f"512 -> {len(w)}; cuBLAS: {replayed(lambda: x @ w.T):.3f} ms")
     try_tiles(tg, "heads", "heads", [(t[0], 0, *t[2:]) for t in TILES if t[1] == 2 * wide],
               2e-9 * tokens * len(w) * width, lambda: tg.launch_product("heads", x, w, rows, turned=turned))
@@ -114,7 +110,6 @@ def mixing(tg, tokens: int, width=512) -> None:
 
 def main(tokens=131072, hidden=2304, width=512):
     tg = runs.load_program(ROOT / "train_gpt.py")
-    run = tg.Run(tg.load_config({}, True), (0, 0, 1), quiet=True)
     torch.manual_seed(0)
     attention(tg, tokens)
     products(tg, tokens)
