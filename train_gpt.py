@@ -1863,21 +1863,23 @@ def learns(weight: Tensor) -> bool:
     return torch.is_grad_enabled() and weight.requires_grad
 
 
-def mix_eager(x: Tensor, x0: Tensor, weights: Tensor, depth: Tensor, stream: bool) -> tuple[Tensor, Tensor]:
-    """A block's start: the stream x and the network's input x0, mixed channel by channel, and that normed. [T, D], weights [2, D]
+def mix_eager(x: Tensor, x0: Tensor, weights: Tensor, depth: Tensor, lead: int, stream: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """A block's start: the stream x and the network's input x0, mixed channel by channel, that normed, and of this again the `lead` first
+    channels, for a gate. [T, D], weights [2, D] -> [T, D], [T, D], [T, lead]
 
     Without `stream` only the norm is used: two lanes go on unmixed.
     """
     kept, fresh = weights.to(x.dtype)  # starts as (1, 0): the stream alone
     base = torch.addcmul(kept * x, fresh, x0)  # every block may reach back to the input
-    return base, norm(base) * depth
+    normed = norm(base) * depth
+    return base, normed, normed[:, :lead]
 
 
 if installed("triton"):
     @triton.jit
-    def mix_back(X, X0, MIX, DEPTH, GRAD, NORMED, DX, DX0, SUMS, T, D: tl.constexpr, W: tl.constexpr, B: tl.constexpr):
-        """From gradients of mix_eager's outputs, GRAD and NORMED, those of x, x0, and by program of both weights. Rows stay on the chip
-        between the norm's way back, the factors and the sums over tokens, for which the inductor goes over them again."""
+    def mix_back(X, X0, MIX, DEPTH, GRAD, NORMED, LEAD, DX, DX0, SUMS, T, D: tl.constexpr, W: tl.constexpr, B: tl.constexpr, L: tl.constexpr):
+        """From gradients of mix_eager's outputs, GRAD, NORMED and LEAD, those of x, x0, and by program of both weights. Rows stay on the
+        chip between the norm's way back, the factors and the sums over tokens, for which the inductor goes over them again."""
         c = tl.arange(0, W)
         inside, kept_sum, fresh_sum = (c < D)[None, :], tl.zeros([B, W], tl.float32), tl.zeros([B, W], tl.float32)
         kept = tl.load(MIX + c, mask=c < D, other=0.0).to(X.dtype.element_ty).to(tl.float32)[None, :]
@@ -1887,7 +1889,9 @@ if installed("triton"):
             row = block * B + tl.arange(0, B)
             at, live = row[:, None] * D + c[None, :], (row < T)[:, None] & inside
             x, x0 = tl.load(X + at, mask=live, other=0.0).to(tl.float32), tl.load(X0 + at, mask=live, other=0.0).to(tl.float32)
-            base, g = kept * x + fresh * x0, tl.load(NORMED + at, mask=live, other=0.0).to(tl.float32) * depth
+            base, g = kept * x + fresh * x0, tl.load(NORMED + at, mask=live, other=0.0).to(tl.float32)
+            g += tl.load(LEAD + row[:, None] * L + c[None, :], mask=live & (c < L)[None, :], other=0.0).to(tl.float32)
+            g *= depth
             root = tl.rsqrt(tl.sum(base * base, 1) / D + 1.2e-7)  # as `norm`
             g = root[:, None] * (g - base * (root * root * tl.sum(g * base, 1) / D)[:, None])
             g += tl.load(GRAD + at, mask=live, other=0.0).to(tl.float32)
@@ -1902,33 +1906,35 @@ if installed("triton"):
 MIX = (8, 4, 2)  # rows of a block, warps, programs a multiprocessor
 
 
-@operator("mix_backward", lambda grad, normed, x, x0, weights, depth: tuple(torch.empty_like(t) for t in (x, x0, weights)))
-def mix_backward_op(grad: Tensor, normed: Tensor, x: Tensor, x0: Tensor, weights: Tensor, depth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+@operator("mix_backward", lambda grad, normed, lead, x, x0, weights, depth: tuple(torch.empty_like(t) for t in (x, x0, weights)))
+def mix_backward_op(grad: Tensor, normed: Tensor, lead: Tensor, x: Tensor, x0: Tensor, weights: Tensor,
+                    depth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, x0 and the weights."""
-    (T, D), (rows, warps, share), (grad, normed) = x.shape, MIX, (t.contiguous() for t in (grad, normed))
+    (T, D), (rows, warps, share), grads = x.shape, MIX, [t.contiguous() for t in (grad, normed, lead)]
     dx, dx0, sums = torch.empty_like(x), torch.empty_like(x0), weights.new_empty(programs(share, x), 2, D)
-    mix_back[(len(sums),)](x, x0, weights, depth, grad, normed, dx, dx0, sums, T, D, triton.next_power_of_2(D), rows, num_warps=warps)
+    mix_back[(len(sums),)](x, x0, weights, depth, *grads, dx, dx0, sums, T, D, triton.next_power_of_2(D), rows, lead.shape[1], num_warps=warps)
     return dx, dx0, sums.sum(0)
 
 
 class Mix(torch.autograd.Function):
-    """mix_eager for outputs that are both used."""
+    """mix_eager for outputs that are all used. What the gate reads is an output, so that its gradient is as narrow."""
 
     @staticmethod
-    def forward(ctx, x, x0, weights, depth):
-        """x and x0 [T, D], weights [2, D], depth [] -> the mixed stream and its norm, [T, D] each"""
+    def forward(ctx, x, x0, weights, depth, lead):
+        """x and x0 [T, D], weights [2, D], depth [] -> the mixed stream and its norm, [T, D] each, and [T, lead]"""
         ctx.save_for_backward(x, x0, weights, depth)
-        return mix_eager(x, x0, weights, depth, True)
+        base, normed, first = mix_eager(x, x0, weights, depth, lead, True)
+        return base, normed, first.clone()
 
     @staticmethod
-    def backward(ctx, grad, normed):
+    def backward(ctx, grad, normed, lead):
         """Gradients of x, x0 and the weights."""
-        return *torch.ops.golf.mix_backward(grad, normed, *ctx.saved_tensors), None
+        return *torch.ops.golf.mix_backward(grad, normed, lead, *ctx.saved_tensors), None, None
 
 
-def mix_fused(x: Tensor, x0: Tensor, weights: Tensor, depth: Tensor, stream: bool) -> tuple[Tensor, Tensor]:
+def mix_fused(x: Tensor, x0: Tensor, weights: Tensor, depth: Tensor, lead: int, stream: bool) -> tuple[Tensor, Tensor, Tensor]:
     """mix_eager, where its weights learn with its way back in one kernel."""
-    return Mix.apply(x, x0, weights, depth) if stream and learns(weights) else mix_eager(x, x0, weights, depth, stream)
+    return Mix.apply(x, x0, weights, depth, lead) if stream and learns(weights) else mix_eager(x, x0, weights, depth, lead, stream)
 
 
 class Shared(torch.autograd.Function):
@@ -1977,9 +1983,8 @@ if installed("triton"):
             value = acc * (tl.sqrt(hidden) * tl.where(below, -2 * slope, 2.0))
             OUT.store([m, n], (value * rows if FP8 else value).to(OUT.dtype))
         else:
-            value = acc + MORE.load([m, n]).to(tl.float32)
-            OUT.store([m, n], value.to(OUT.dtype))
-        if FP8:
+            OUT.store([m, n], (acc * gain + MORE.load([m, n]).to(tl.float32)).to(OUT.dtype))
+        if FP8 and END != "add":
             LOW.store([m, n], tl.clamp(value * gain, -448.0, 448.0).to(LOW.dtype))
 
     @triton.jit
@@ -2000,7 +2005,7 @@ if installed("triton"):
                        TURNING: tl.constexpr, E: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
                        END: tl.constexpr, FP8: tl.constexpr):
         """OUT = X W^T with more done to it before it is stored, by END. "square": leaky(h)^2; "slope": X holds gradients, MORE is the
-        square of then, and OUT = h dMORE/dh; "add": h + MORE; "heads": two of them a tile, normed and rotated, roots into ROWS.
+        square of then, and OUT = h dMORE/dh; "add": gain h + MORE; "heads": two of them a tile, normed and rotated, roots into ROWS.
         Persistent: a program takes tiles in turn, so loads of the next overlap stores.
         With FP8, X and W are scaled, a row's factor in ROWS takes the scales out, and LOW is OUT in FP8 for the next product."""
         columns: tl.constexpr = (N + BN - 1) // BN
@@ -2015,14 +2020,15 @@ if installed("triton"):
                 store_head(right, OUT, ROWS, COS, SIN, GAIN, m, n + E, T, H, TURNING, E, R, BM)
             else:
                 at = m + tl.arange(0, BM)
-                rows = tl.load(ROWS + at, mask=at < T, other=0.0)[:, None] if FP8 else None
+                rows = tl.load(ROWS + at, mask=at < T, other=0.0)[:, None] if FP8 and END != "add" else None
                 store_half(left, MORE, OUT, LOW, rows, m, n, slope, gain, END, FP8)
                 store_half(right, MORE, OUT, LOW, rows, m, n + BN // 2, slope, gain, END, FP8)
 
 
 # rows, columns and depth of a tile, warps, stages, programs a multiprocessor (tests/gpu/tiles.py); heads come in twos, however wide
 TILES = {"square": (128, 128, 64, 4, 3, 2), "slope": (128, 256, 64, 8, 3, 1), "add": (128, 256, 64, 8, 3, 1), "heads": (128, 0, 64, 8, 3, 1),
-         "square in FP8": (128, 128, 64, 4, 4, 2), "slope in FP8": (128, 128, 64, 4, 4, 2)}
+         "square in FP8": (128, 128, 64, 4, 4, 2), "slope in FP8": (128, 128, 64, 4, 4, 2),
+         "add in FP8": (128, 256, 128, 8, 3, 1)}
 E4M3, MOST = torch.float8_e4m3fn, 448.0  # eight bits, and the largest number in them; it is as precise down to 1/64
 
 
@@ -2031,7 +2037,7 @@ def launch_product(end: str, x: Tensor, w: Tensor, out: Tensor, more: Tensor | N
     """product_kernel over the whole device, into `out`, which is returned. x [T, K], w [N, K], out, more and low [T, N], rows [T]"""
     fp8 = x.dtype == E4M3
     height, width, depth, warps, stages, share = TILES[end + " in FP8" * fp8]
-    root, cos, sin, gains = turned or (rows if fp8 else out, out, out, out)
+    root, cos, sin, gains = turned or (out if rows is None else rows, out, out, out)
     wide = len(w) // (2 * len(root) - len(gains)) if turned else 0  # a head
     heads, width = (len(gains), len(root), wide, cos.shape[-1]) if turned else (0,) * 4, width or 2 * wide
     tall = [(out if t is None else t, (height, wide // 2 or width // 2)) for t in (more, out, low)]
@@ -2105,6 +2111,12 @@ def hidden_op(x: Tensor, w: Tensor, hidden: Tensor | None, rows: Tensor, slope: 
     return hidden_rows(x, w, hidden, rows, slope, gain)
 
 
+@operator("onto", lambda x, w, onto, gain: torch.empty_like(onto))
+def onto_op(x: Tensor, w: Tensor, onto: Tensor, gain: float) -> Tensor:
+    """onto + gain x w^T of FP8 matrices."""
+    return launch_product("add", x, w, torch.empty_like(onto), onto, gain=gain)
+
+
 class MLP8(torch.autograd.Function):
     """mlp_op with its four products along the channels in FP8; the two along the tokens, weights' gradients, stay in bf16.
 
@@ -2113,14 +2125,14 @@ class MLP8(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, up, down, slope):
-        """x [T, D], up [F, D], down [D, F] -> [T, D]"""
+    def forward(ctx, x, up, down, onto, slope):
+        """x [T, D], up [F, D], down [D, F], onto [T, D] or None -> [T, D]"""
         top = headroom(x.shape[1])
         unit = torch.full((len(x),), 1 / (top * WEIGHT_8), device=x.device)
         hidden, low = torch.ops.golf.hidden(in_e4m3(x, top), in_e4m3(up, WEIGHT_8), None, unit, slope, HIDDEN_8)
         ctx.save_for_backward(x, up, down, hidden)
-        ctx.slope = slope
-        return product_e4m3(low, in_e4m3(down, WEIGHT_8)) / (HIDDEN_8 * WEIGHT_8)
+        ctx.slope, ctx.adds, down, scale = slope, onto is not None, in_e4m3(down, WEIGHT_8), 1 / (HIDDEN_8 * WEIGHT_8)
+        return product_e4m3(low, down) * scale if onto is None else torch.ops.golf.onto(low, down, onto, scale)
 
     @staticmethod
     def backward(ctx, grad):
@@ -2131,7 +2143,7 @@ class MLP8(torch.autograd.Function):
         unit, normed = size / (top * WEIGHT_8), in_e4m3(grad / size[:, None], top)
         back, low = torch.ops.golf.hidden(normed, in_e4m3(down.T, WEIGHT_8), hidden, unit, ctx.slope, BACK_8)
         dx = product_e4m3(low, in_e4m3(up.T, WEIGHT_8)) * (unit / (BACK_8 * WEIGHT_8))[:, None]
-        return dx.to(x.dtype), back.T @ x, grad.T @ hidden, None
+        return dx.to(x.dtype), back.T @ x, grad.T @ hidden, grad if ctx.adds else None, None
 
 
 def mlp_fused(x: Tensor, up: nn.Module, down: nn.Module, slope: float, onto: Tensor | None = None, fp8: bool = False) -> Tensor:
@@ -2139,7 +2151,7 @@ def mlp_fused(x: Tensor, up: nn.Module, down: nn.Module, slope: float, onto: Ten
     if not learns(up.weight):
         return mlp_eager(x, up, down, slope, onto)
     weights = up.matrix(x.dtype), down.matrix(x.dtype)
-    return added(MLP8.apply(x, *weights, slope), onto) if fp8 else torch.ops.golf.mlp(x, *weights, onto, slope)[0]
+    return MLP8.apply(x, *weights, onto, slope) if fp8 else torch.ops.golf.mlp(x, *weights, onto, slope)[0]
 
 
 # All of attention as one opaque operator too: norm, rotation and gains end the first product, XSA and the gate attention itself, the
@@ -2333,7 +2345,7 @@ GATES = {
 
 
 class HeadGate(nn.Module):
-    """A factor for every head's output, from the block's normed input."""
+    """A factor for every head's output, from the first `width` channels of the block's normed input."""
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -2344,11 +2356,11 @@ class HeadGate(nn.Module):
         self.bias = nn.Parameter(torch.empty(cfg.num_heads)) if bias is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [T, D] -> factors [T, H], or [H] for a gate that reads nothing."""
+        """x [T, width] -> factors [T, H], or [H] for a gate that reads nothing."""
         bias = self.bias.to(x.dtype) if self.bias is not None else None
         if self.weight is None:
             return bias
-        z = F.linear(x[:, :self.width], self.weight.to(x.dtype), bias)  # one small GEMM, fused into its neighbours
+        z = F.linear(x, self.weight.to(x.dtype), bias)  # one small GEMM, fused into its neighbours
         gate = torch.sigmoid(self.inner * z)
         return gate if self.outer == 1 else self.outer * gate
 
@@ -2385,6 +2397,7 @@ class Attention(nn.Module):
         self.q_gain = nn.Parameter(torch.empty(cfg.num_heads))
         self.xsa = layer >= cfg.num_layers - cfg.xsa_last_n  # the last N, counted from the end
         self.gate = HeadGate(cfg) if cfg.attn_gate != "none" else None
+        self.reads = self.gate.width if self.gate is not None else 0
         self.value_mix = ValueMix(cfg.value_residual) if cfg.value_residual != "none" and layer > 0 else None
         self.gives_values = cfg.value_residual != "none" and layer == 0
         self.value_scale = nn.Parameter(torch.empty(1)) if layer in cfg.value_layers else None
@@ -2392,10 +2405,10 @@ class Attention(nn.Module):
         own = self.value_mix is None and self.value_scale is None and not self.gives_values  # values are nobody else's business
         self.fused = kernels.attention if own else None
 
-    def forward(self, x: Tensor, values: OtherValues, rope: tuple, cu: Tensor, longest: int, lora: VisitAdapters,
+    def forward(self, x: Tensor, lead: Tensor, values: OtherValues, rope: tuple, cu: Tensor, longest: int, lora: VisitAdapters,
                 past: Past | None, onto: Tensor | None = None) -> tuple[Tensor, tuple]:
-        """x [T, D] -> (output [T, D], added onto `onto`, what others want of it: (values for later layers, keys, values for the cache))."""
-        gate = self.gate(x) if self.gate is not None else None
+        """x [T, D], of it what the gate reads [T, reads] -> (output [T, D], added onto `onto`, what others want of it: (values for later layers, keys, values for the cache))."""
+        gate = self.gate(lead) if self.gate is not None else None
         if self.fused is not None and past is None and learns(self.qkv.weight):
             return self.fused(x, self.qkv, self.o, self.q_gain, gate, rope, cu, self.xsa, onto), (None, None, None)
         y = self.qkv(x)  # one GEMM for all three; adapters of queries, keys and values are three
@@ -2452,9 +2465,9 @@ class Block(nn.Module):
 
         Returns the new stream, the new second lane and what attention keeps. (Two lanes: PR #1204.)
         """
-        base, normed = self.start(x, x0, self.resid_mix, self.depth_scale, mix is None)
+        base, normed, lead = self.start(x, x0, self.resid_mix, self.depth_scale, self.attn.reads, mix is None)
         # without lanes attention adds to the stream itself, and `a` is the stream behind it
-        a, keeps = self.attn(normed, values, rope, cu, longest, lora, past, base if mix is None else None)
+        a, keeps = self.attn(normed, lead, values, rope, cu, longest, lora, past, base if mix is None else None)
         if mix is not None:
             lane = x if lane is None else lane  # the first such visit splits the stream
             b = self.mlp_out(lane, lora)  # the MLP reads its own lane, unmixed

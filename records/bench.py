@@ -173,7 +173,7 @@ def kernels(tg, model, cfg, run, batch) -> list[tuple]:
     rope, rest = model.rotary(batch.pos), (where, batch.longest, tg.VisitAdapters(), None)
     # the second is one operator where weights learn; forward alone it is its parts, launched one by one, as in scoring
     rows = [("attention", lambda *a: attn.attend(*a, where, batch.longest), [random(T, n, E) for n in counts], wide, 3 * wide, seen, 3.5 * seen),
-            ("attention (layer)", lambda x, onto: attn(x, tg.OtherValues(), rope, *rest, onto)[0], [random(T, D), random(T, D)],
+            ("attention (layer)", lambda x, onto: attn(x, x[:, :attn.reads], tg.OtherValues(), rope, *rest, onto)[0], [random(T, D), random(T, D)],
              size * T * 3 * D, size * T * 9 * D, products + seen, 3 * products + 3.5 * seen)]
     h, head = random(T, D), (0.1 * torch.randn(V, D, device=run.device)).to(run.dtype)
     logits, work = size * T * V, 2.0 * T * V * D

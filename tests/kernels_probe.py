@@ -71,20 +71,21 @@ def mlp(tokens, dim, hidden, slope, onto=False):
     return compare(form(tg.mlp_fused), form(tg.mlp_eager), [torch.randn(tokens, dim), *weights, *[torch.randn(tokens, dim)] * onto])
 
 
-def mix(tokens, dim):
-    """A block's start, of which both outputs are used."""
+def mix(tokens, dim, lead):
+    """A block's start, of which all outputs are used."""
     depth = torch.tensor(0.7)
-    return compare(*[lambda *rows, f=f: f(*rows, depth, True) for f in (tg.mix_fused, tg.mix_eager)],
+    return compare(*[lambda *rows, f=f: f(*rows, depth, lead, True) for f in (tg.mix_fused, tg.mix_eager)],
                    [*(torch.randn(tokens, dim) for _ in "xx"), torch.randn(2, dim)])
 
 
-def mlp8(tokens, dim, hidden, slope):
+def mlp8(tokens, dim, hidden, slope, stream=False):
     """The form in FP8 beside the same roundings in plain fp32 products, gradients of tokens a hundredfold apart."""
     x, grad = tg.norm(torch.randn(tokens, dim)), torch.randn(tokens, dim) * (torch.randn(tokens, 1) * 2).exp() * 1e-6
     up, down = torch.randn(hidden, dim) / dim ** 0.5, torch.randn(dim, hidden) * 0.02
     x, grad, up, down = (t.bfloat16() for t in (x, grad, up, down))
-    mine = [t.clone().requires_grad_() for t in (x, up, down)]
-    y = tg.MLP8.apply(*mine, slope)
+    onto = torch.randn(tokens, dim).bfloat16() if stream else None
+    mine = [t.clone().requires_grad_() for t in (x, up, down, onto) if t is not None]
+    y = tg.MLP8.apply(*mine[:3], mine[3] if stream else None, slope)
     got = [g.float() for g in (y, *torch.autograd.grad(y, mine, grad))]
     x, grad, up, down = (t.float() for t in (x, grad, up, down))
 
@@ -95,8 +96,8 @@ def mlp8(tokens, dim, hidden, slope):
     square = torch.nn.functional.leaky_relu(h, slope).square()
     back = rounded(grad / size, top) @ rounded(down, tg.WEIGHT_8) * 2 * square.sqrt() * torch.where(h < 0, -slope, 1.0)
     low = rounded(back, tg.BACK_8 * top * tg.WEIGHT_8) * size
-    want = [rounded(square, tg.HIDDEN_8) @ rounded(down, tg.WEIGHT_8).T, low @ rounded(up, tg.WEIGHT_8), (back * size).T @ x, grad.T @ square]
-    return max(map(error, got, want))
+    want = [(onto.float() if stream else 0) + rounded(square, tg.HIDDEN_8) @ rounded(down, tg.WEIGHT_8).T, low @ rounded(up, tg.WEIGHT_8), (back * size).T @ x, grad.T @ square]
+    return max(map(error, got, [*want, *[grad] * stream]))
 
 
 def cached(slots, rows, heads, window, begin):
@@ -136,7 +137,7 @@ def attention(borders, onto, **knobs):
         def run(x, *more):
             layer.fused, state = fused, dict(zip(names, more[onto:]))
             rest = tg.OtherValues(), rope, where, total, tg.VisitAdapters(), None, more[0] if onto else None
-            return torch.func.functional_call(layer, state, (x, *rest))[0]
+            return torch.func.functional_call(layer, state, (x, x[:, :layer.reads], *rest))[0]
         return run
     return compare(form(tg.attention_fused, tg.segment_bounds(cu, total)), form(None, cu), [*rows, *weights])
 
@@ -151,7 +152,7 @@ def gain_of_nothing():
         layer.q_gain[0] = 0
     x, grad, rope, results = torch.randn(70, 64), torch.randn(70, 64), tg.Rotary(cfg.rotary_dims, 1e4)(torch.arange(70)), []
     for layer.fused, where in ((tg.attention_fused, tg.segment_bounds(cu, 70)), (None, cu)):
-        out = layer(x.requires_grad_(), tg.OtherValues(), rope, where, 70, tg.VisitAdapters(), None)[0]
+        out = layer(x.requires_grad_(), x[:, :0], tg.OtherValues(), rope, where, 70, tg.VisitAdapters(), None)[0]
         gain, *others = torch.autograd.grad(out, [layer.q_gain, x, layer.qkv.weight, layer.o.weight, layer.o.scale], grad)
         results.append([out, *others, gain[1:]])
     return max(map(error, *results))
@@ -182,8 +183,8 @@ repair_rounding()
 torch.manual_seed(0)
 found = {f"nll {c}": nll(*c) for c in ((7, 64, 30.0), (5, 50, 15.0), (1, 300, 5.0))}
 found |= {f"mlp {c}": mlp(*c) for c in ((300, 64, 264, 0.5), (1, 32, 64, 0.0), (129, 96, 520, 0.5, True))}
-found |= {f"fp8 {c}": mlp8(*c) for c in ((300, 64, 272, 0.5), (1, 32, 64, 0.0))}
-found |= {f"mix {c}": mix(*c) for c in ((300, 64), (1, 40))}
+found |= {f"fp8 {c}": mlp8(*c) for c in ((300, 64, 272, 0.5, True), (1, 32, 64, 0.0))}
+found |= {f"mix {c}": mix(*c) for c in ((300, 64, 12), (1, 40, 0))}
 found |= {f"cached {c}": cached(*c) for c in ((3, 5, 2, 64, (0, 7, 64)), (2, 16, 1, 40, (41, 500)))}
 ODD, WHOLE = (0, 1, 2, 67, 100, 100, 101, 333), (0, 64, 128, 192, 192, 192)
 found |= {f"attended {c}": attended(*c) for c in (

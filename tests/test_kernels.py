@@ -87,8 +87,8 @@ def test_the_other_kernels_compile_for_hopper():
     compiled(tg.capped_nll, {"LOGITS": tensor, "TARGETS": "*i64", "NLL": "*fp32", "cap": "fp32"},
              {"V": cfg.vocab_size, "B": cfg.vocab_size, "SLOPE": True}, num_warps=8)
     rows, warps, _ = tg.MIX
-    compiled(tg.mix_back, {**dict.fromkeys(("X", "X0", "GRAD", "NORMED", "DX", "DX0"), tensor), **dict.fromkeys(("MIX", "DEPTH", "SUMS"), "*fp32"), "T": "i32"},
-             {"D": cfg.model_dim, "W": cfg.model_dim, "B": rows}, num_warps=warps)
+    compiled(tg.mix_back, {**dict.fromkeys(("X", "X0", "GRAD", "NORMED", "LEAD", "DX", "DX0"), tensor), **dict.fromkeys(("MIX", "DEPTH", "SUMS"), "*fp32"), "T": "i32"},
+             {"D": cfg.model_dim, "W": cfg.model_dim, "B": rows, "L": cfg.gate_window}, num_warps=warps)
     group, chunk = cfg.num_heads // cfg.num_kv_heads, cfg.ttt_chunk_size
     shape = {"W": cfg.eval_seq_len, "C": chunk, "H": cfg.num_heads, "G": group, "E": cfg.head_dim, "R": 128, "J": 64, "N": 64}
     assert 64 < group * chunk <= shape["R"] and 32 < chunk <= shape["J"]
