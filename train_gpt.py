@@ -2232,25 +2232,42 @@ def choose_kernels(cfg: Config, run: Run) -> Kernels:
     return Kernels(attend, nll, mlp, mix_fused if fused else mix_eager, attention_fused if attend is attention_triton else None)
 
 
-# Newton-Schulz coefficients (a, b, c) of X <- aX + (bA + cA^2)X, A = XX^T. Polar Express: per-iteration minimax
+# Newton-Schulz coefficients (a, b, c) of X <- (aI + bA + cA^2)X, A = XX^T. Polar Express: per-iteration minimax
 # polynomials (arXiv 2505.16932, values as PR #1787 ran them); quintic: Jordan's single polynomial (Muon).
 POLAR = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061), (3.2858, -2.3681, 0.4645),
          (2.3465, -1.7098, 0.4232))
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalize(g: Tensor, coefficients: tuple) -> Tensor:
-    """The nearest semi-orthogonal matrices, roughly: singular values to about 1. [N, R, C] -> [N, R, C]
+def nesterov(g: Tensor, buf: Tensor, scale: Tensor, momentum: Tensor, unit_rows: bool) -> Tensor:
+    """Where Newton-Schulz begins: gradients times scale [], taken into their momentum `buf`, and Nesterov's look ahead, of norm 1 and
+    with rows of equal lengths if asked for. [N, R, C] fp32, on a GPU to bf16, where only the products' speed counts"""
+    g = g * scale
+    buf.mul_(momentum).add_(g)
+    u = g + momentum * buf
+    size = u.norm(dim=-1, keepdim=True) * math.sqrt(u.shape[-2]) if unit_rows else u.norm(dim=(-2, -1), keepdim=True)
+    u = u / size.clamp_min(1e-7)
+    return u.bfloat16() if u.is_cuda else u
 
-    bf16 on a GPU, where only the products' speed counts; fp32 elsewhere. Three batched GEMMs an iteration.
+
+def orthogonalize(g: Tensor, coefficients: tuple) -> Tensor:
+    """The nearest semi-orthogonal matrices, roughly: singular values, none above 1, to about 1. [N, R, C] -> [N, R, C]
+
+    Three batched GEMMs an iteration, in g's own type.
     """
-    x = g.bfloat16() if g.is_cuda else g.float()
-    x = x.mT if g.shape[-2] > g.shape[-1] else x  # the smaller side's Gram matrix is the cheaper one
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # spectral norm at most 1, which the iteration needs
+    x, tall = g, g.shape[-2] > g.shape[-1]
     for a, b, c in coefficients:
-        gram = x @ x.mT  # symmetric, the smaller side squared
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if g.shape[-2] > g.shape[-1] else x
+        gram = x.mT @ x if tall else x @ x.mT  # the smaller side squared
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)  # here and not as a X behind the product: torch's baddbmm copies what it adds to
+        x = x @ factor if tall else factor @ x
+    return x
+
+
+def settle(weights: list[Tensor], u: Tensor, keep: Tensor, rate: Tensor) -> None:
+    """weights = keep weights + rate u, in place: N of [R, C], u [N or more, R, C], keep and rate []"""
+    torch._foreach_mul_(weights, keep)  # decay first, decoupled from the gradient
+    torch._foreach_add_(weights, [rate * x.to(w.dtype) for w, x in zip(weights, u.unbind(0))])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2667,6 +2684,7 @@ class GPT(nn.Module):
         self.looping = False  # training turns it on, evaluation always has it on
         self.run: Callable = call  # compile_model may replace it
         self.renew: Callable = renew_rows  # the optimiser step of adapters, likewise
+        self.muon = nesterov, settle  # and what is around Newton-Schulz in that of matrices
 
     def hidden(self, ids: Tensor, pos: Tensor, cu: Tensor, longest: int, memory: Memory | None = None) -> Tensor:
         """The one forward: ids [T], pos [T], cu [S+1] -> normalised hidden states [T, D].
@@ -2726,6 +2744,7 @@ def compile_model(model: GPT, cfg: Config, run: Run) -> None:
         # parameters are inputs: layers share the graph
         model.run = torch.compile(call, dynamic=False, fullgraph=True, options=INDUCTOR)
         model.renew = torch.compile(renew_rows, dynamic=True)
+        model.muon = tuple(torch.compile(f, dynamic=False, fullgraph=True) for f in model.muon)
     run.log(f"compile:{how}")
 
 
@@ -2949,8 +2968,8 @@ class Muon:
     returns its own slice of it (reduce-scatter, all-gather), so neither work nor momentum is held twice.
     """
 
-    def __init__(self, params: list[tuple[nn.Parameter, tuple[int, ...]]], cfg: Config, run: Run):
-        self.cfg, self.run = cfg, run
+    def __init__(self, params: list[tuple[nn.Parameter, tuple[int, ...]]], cfg: Config, run: Run, around: tuple = (nesterov, settle)):
+        self.cfg, self.run, self.around = cfg, run, around
         shapes: dict[tuple, list] = {}  # (rows, columns) -> where they lie
         for p, split in params:
             for i, rows in enumerate(split or (p.shape[0],)):
@@ -2981,24 +3000,21 @@ class Muon:
 
     def step(self, shards: list[Tensor], scale: Tensor, lr: float, momentum: float) -> None:
         """Update all matrices from reduced gradients times `scale` (the clip factor, a device scalar)."""
+        begin, end = self.around
+        # on the device: compiled code would take a number for a constant
+        momentum, keep, rate = (scale.new_full((), x) for x in (momentum, 1 - lr * self.cfg.muon_wd, -lr))
         for i, ((rows, cols), members) in enumerate(self.banks):
-            g = shards[i].mul_(scale)
-            # fp32, like the gradient
-            buf = self.momenta[i] = g.clone() if self.momenta[i] is None else self.momenta[i].mul_(momentum).add_(g)
-            u = g.add(buf, alpha=momentum)  # Nesterov
-            if self.cfg.muon_row_normalize:
-                u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)  # only directions of rows count from here on
-            u = orthogonalize(u, self.coefficients)
+            if self.momenta[i] is None:
+                self.momenta[i] = torch.zeros_like(shards[i])
+            u = orthogonalize(begin(shards[i], self.momenta[i], scale, momentum, self.cfg.muon_row_normalize), self.coefficients)
             if self.cfg.muon_normalize_update:
                 u = u / u.norm(dim=-1, keepdim=True).clamp_min(1e-7)
             if self.run.world > 1:
                 full = u.new_empty(u.shape[0] * self.run.world, rows, cols)
                 dist.all_gather_into_tensor(full, u.contiguous())
                 u = full
-            weights = [p.data[at:at + n] for p, at, n in members]
-            torch._foreach_mul_(weights, 1 - lr * self.cfg.muon_wd)  # decay first, decoupled from the gradient
             shape = 1.0 if self.cfg.muon_normalize_update else math.sqrt(max(1.0, rows / cols))  # unit rows have one length
-            torch._foreach_add_(weights, u[:len(weights)].to(weights[0].dtype).unbind(0), alpha=-lr * shape)
+            end([p.data[at:at + n] for p, at, n in members], u, keep, rate * shape)
 
 
 class Optimizers:
@@ -3010,7 +3026,7 @@ class Optimizers:
         for p, row in zip(model.parameters(), rows_of(model, cfg).values()):
             by_group.setdefault(row.group, []).append((p, row.split))
         self.groups = {g: [p for p, _ in members] for g, members in by_group.items()}
-        self.muon = Muon(by_group.get("matrix", []), cfg, run)
+        self.muon = Muon(by_group.get("matrix", []), cfg, run, model.muon)
         self.small = [p for g, ps in self.groups.items() if g != "matrix" for p in ps]
         rates = {"embed": (cfg.tied_embed_lr, cfg.embed_wd), "head": (cfg.head_lr, cfg.adam_wd),
                  "scalar": (cfg.scalar_lr, cfg.adam_wd)}
