@@ -269,6 +269,25 @@ def test_recorded_rows_have_the_gradients_of_launched_ones(scope, run):
                     assert float(a) == pytest.approx(float(b), rel=1e-4) and relative(x, y) < 1e-3, (turn, tokens, model.looping)
 
 
+@pytest.mark.parametrize("unit_rows", ["1", "0"])
+def test_muons_steps_compiled_are_as_near_to_fp32_as_launched(unit_rows, run):
+    """Four steps over three shapes, one of them cut in three; momentum and rate change, as they do in a run."""
+    cfg, torch_rng = tg.load_config({"MUON_ROW_NORMALIZE": unit_rows}, True), torch.Generator().manual_seed(0)
+    shapes = [((512, 256), (256, 128, 128)), ((512, 256), (256, 128, 128)), ((1152, 256), ()), ((256, 1152), ())]
+    start, grads = ([torch.randn(shape, generator=torch_rng) for shape, _ in shapes * n] for n in (1, 4))
+    compiled, moved = tuple(torch.compile(f, dynamic=False, fullgraph=True) for f in (tg.nesterov, tg.settle)), []
+    for device, around in (("cpu", (tg.nesterov, tg.settle)), ("cuda", (tg.nesterov, tg.settle)), ("cuda", compiled)):
+        params = [torch.nn.Parameter(w.to(device, copy=True)) for w in start]
+        muon = tg.Muon([(p, split) for p, (_, split) in zip(params, shapes)], cfg, run, around)
+        for step in range(4):
+            for p, g in zip(params, grads[step * len(shapes):]):
+                p.grad = g.to(device)
+            muon.step(muon.reduce()[0], torch.tensor(0.5, device=device), 0.02 * (1 + step), 0.9 + 0.02 * step)
+        moved.append([p.detach().cpu() - w for p, w in zip(params, start)])
+    for exact, launched, one in zip(*moved):
+        assert relative(launched, exact) < 0.1 and relative(one, exact) < 1.1 * relative(launched, exact) + 1e-3
+
+
 def test_bench_measures_to_its_end(corpus, tmp_path):
     """MODE=bench as a user starts it, on a small network: kernels, optimiser, Hessians, packing and every pass."""
     program = Path(__file__).parents[2] / "train_gpt.py"
