@@ -4958,13 +4958,11 @@ def train(model: GPT, cfg: Config, run: Run, stream: TrainStream, val: Validatio
         # two steps, the one in flight and the next; with a pace of its own a rank would part from the others at the last one
         stop = step >= cfg.iterations or cfg.timed and now + 2 * run.agree(watch.pace()) > limit
 
-        # --------------- VALIDATE (training clock stopped) ---------------
+        # --------------- VALIDATE (diagnose stops the training clock) ---------------
         if cfg.val_loss_every and step and step % cfg.val_loss_every == 0 and not stop:
-            run.clock.switch("diagnostics")
             s = diagnose(model, val, cfg, run, f"step {step}")
             run.log(f"step:{step}/{cfg.iterations} val_loss:{s.val_loss:.4f} val_bpb:{s.val_bpb:.4f} "
                     f"train_time:{1000 * now:.0f}ms step_avg:{1000 * now / step:.2f}ms")
-            run.clock.switch("train")
         if stop:
             break
 
