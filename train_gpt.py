@@ -4260,7 +4260,6 @@ class Scorer:
             self.mix()
         nats, size = self.nll.double().cpu().numpy(), float(self.val.bytes.sum())
         total, seconds = float(nats.sum()), self.run.clock.read() - self.start
-        self.nll = self.nll.cpu()
         return Score(total / self.val.targets, total / math.log(2) / size, seconds, self.ledger.verdict(), nats)
 
 
