@@ -542,9 +542,9 @@ def launch(env: dict) -> tuple[int, int, int]:
     return tuple(map(int, ranks.values()))
 
 
-def validate(cfg: Config, world: int) -> None:
+def validate(d: Config, world: int) -> None:
     """Refuse combinations that no single bound can see. Each line: condition that must hold, knob, reason."""
-    d = cfg
+    d.seq_limits, d.batch_shares  # reading them refuses what is no schedule
     rules = [
         (d.model_dim % d.num_heads == 0, "NUM_HEADS", f"must divide MODEL_DIM={d.model_dim}"),
         (d.num_heads % d.num_kv_heads == 0, "NUM_KV_HEADS", f"must divide NUM_HEADS={d.num_heads}"),
@@ -555,8 +555,6 @@ def validate(cfg: Config, world: int) -> None:
         (d.train_batch_tokens % d.pack_tokens == 0, "TRAIN_BATCH_TOKENS", f"must be a multiple of PACK_TOKENS={d.pack_tokens}"),
         (d.blocks_per_batch % world == 0, "TRAIN_BATCH_TOKENS",
          f"its {d.blocks_per_batch} blocks of PACK_TOKENS={d.pack_tokens} do not divide over {world} ranks"),
-        (bool(d.seq_limits), "TRAIN_SEQ_SCHEDULE", "must not be empty"),
-        (bool(d.batch_shares), "TRAIN_BATCH_SCHEDULE", "must not be empty"),
         (d.pack_tokens <= d.micro_batch_tokens, "MICRO_BATCH_TOKENS", f"must hold one block of PACK_TOKENS={d.pack_tokens}"),
         (d.parallel_residual == "none" or d.parallel_start_layer < d.num_layers, "PARALLEL_START_LAYER",
          f"no layer runs side by side; PARALLEL_RESIDUAL=none says that, or take one below {d.num_layers}"),
