@@ -2521,15 +2521,26 @@ def layer_plan(cfg: Config, looping: bool) -> list[Visit]:
                   lanes and i >= half and layer >= cfg.parallel_start_layer) for i, layer in enumerate(order)]
 
 
-class NgramHash(nn.Module):
+class NarrowEmbedding(nn.Module):
+    """A narrow table, projected and scaled; by tokens it is for the values of several layers (VE128 of PR #414, #430)."""
+
+    def __init__(self, rows: int, width: int, dim: int):
+        super().__init__()
+        self.table, self.proj = nn.Embedding(rows, width), Linear(dim, width)
+        self.scale = nn.Parameter(torch.empty(1))
+
+    def forward(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """rows [T] -> [T, dim]."""
+        return self.scale.to(dtype) * self.proj(self.table(rows).to(dtype))
+
+
+class NgramHash(NarrowEmbedding):
     """An embedding of the hashed last two or three tokens; keys are inputs only, never the target (PR #374, #486)."""
     FACTORS = 36313, 27191, 51497  # the constants of every script of the field, current token first
 
     def __init__(self, order: int, rows: int, width: int, dim: int):
-        super().__init__()
+        super().__init__(rows, width, dim)
         self.order = order
-        self.table, self.proj = nn.Embedding(rows, width), Linear(dim, width)
-        self.scale = nn.Parameter(torch.empty(1))
 
     def forward(self, ids: Tensor, pos: Tensor, dtype: torch.dtype) -> Tensor:
         """ids [T], pos [T] -> [T, D]."""
@@ -2538,22 +2549,7 @@ class NgramHash(nn.Module):
             mixed = mixed ^ (self.FACTORS[back] * ids.roll(back))
         wrapped = (mixed + 2 ** 31) % 2 ** 32 - 2 ** 31  # int32 wrap-around, as the field's scripts hash
         whole = pos >= self.order - 1  # a segment's first tokens have no pair or triple
-        bucket = torch.where(whole, wrapped.remainder(rows - 1), rows - 1)
-        return self.scale.to(dtype) * self.proj(self.table(bucket).to(dtype))
-
-
-class ValueEmbedding(nn.Module):
-    """One embedding of the tokens for the values of several layers (VE128 of PR #414, #430)."""
-
-    def __init__(self, cfg: Config):
-        super().__init__()
-        self.table = nn.Embedding(cfg.vocab_size, cfg.ve_dim)
-        self.proj = Linear(cfg.num_kv_heads * cfg.head_dim, cfg.ve_dim)
-        self.scale = nn.Parameter(torch.empty(1))
-
-    def forward(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """ids [T] -> [T, K E]."""
-        return self.scale.to(dtype) * self.proj(self.table(ids).to(dtype))
+        return super().forward(torch.where(whole, wrapped.remainder(rows - 1), rows - 1), dtype)
 
 
 class Smear(nn.Module):
@@ -2667,7 +2663,8 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, kernels: Kernels = Kernels(), dtype: torch.dtype = torch.float32):
         super().__init__()
         self.input = InputEmbedding(cfg, dtype)
-        self.value_embedding = ValueEmbedding(cfg) if cfg.value_layers else None
+        values = cfg.num_kv_heads * cfg.head_dim
+        self.value_embedding = NarrowEmbedding(cfg.vocab_size, cfg.ve_dim, values) if cfg.value_layers else None
         self.rotary = Rotary(cfg.rotary_dims, cfg.rope_base)
         self.blocks = nn.ModuleList(Block(cfg, i, kernels) for i in range(cfg.num_layers))
         self.plans = layer_plan(cfg, False), layer_plan(cfg, True)
