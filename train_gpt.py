@@ -4681,17 +4681,15 @@ def frozen(model: GPT, copies: list[Tensor]):
 
     `copies` keeps its storage from one call to the next: recorded steps read it.
     """
-    params = list(model.parameters())
-    masters = [p.data for p in params]
-    for p, copied in zip(params, copies):
-        p.data = copied.copy_(p.data)
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p, master in zip(params, masters):
-            p.data = master
-            p.requires_grad_(True)
+    masters = [p.data for p in model.parameters()]
+    with learning_only(model, set()):
+        try:
+            for p, copied in zip(model.parameters(), copies):
+                p.data = copied.copy_(p.data)
+            yield
+        finally:
+            for p, master in zip(model.parameters(), masters):
+                p.data = master
 
 
 def score_documents(model: GPT, val: ValidationSet, cfg: Config, run: Run, reserve: float) -> Score:
