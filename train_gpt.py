@@ -4930,7 +4930,7 @@ def warm_up(model: GPT, optimizers: Optimizers, stream: TrainStream, cfg: Config
 
 
 def train(model: GPT, cfg: Config, run: Run, stream: TrainStream, val: ValidationSet) -> Average:
-    """Train until the budget or ITERATIONS is reached; the returned average has not been applied yet."""
+    """Train until the budget or ITERATIONS is reached; the returned average is on disk, and has not been applied yet."""
     optimizers, schedules = Optimizers(model, cfg, run), Schedules(cfg, run.world)
     with run.clock.span("compile and warm-up"):
         reserve = warm_up(model, optimizers, stream, cfg, run)
@@ -4972,6 +4972,8 @@ def train(model: GPT, cfg: Config, run: Run, stream: TrainStream, val: Validatio
             checkpoints.save(step, now)
     watch.drain(keep=0)
     run.clock.switch("after training")
+    checkpoints.save(step, now)
+    checkpoints.release(math.inf)
     checkpoints.wait()
     report_training(cfg, run, watch, schedules, step)
     return average
@@ -5214,17 +5216,13 @@ def job(cfg: Config, run: Run, stored: dict | None) -> None:
 
 
 def train_and_average(model: GPT, cfg: Config, run: Run, stream: TrainStream, val: ValidationSet) -> None:
-    """Train, leave the averaged weights in the model and on disk; scores of both beside each other."""
+    """Train, leave the averaged weights in the model; scores of both beside each other."""
     average = train(model, cfg, run, stream, val)
     diagnose(model, val, cfg, run, "raw")
     if cfg.average != "none":
         run.log("ema:applying EMA weights" if cfg.average == "ema" else "swa:applying averaged weights")
         average.apply()
         diagnose(model, val, cfg, run, "pre-quantization post-ema")
-    checkpoints = Checkpoints(model, average, cfg, run)
-    checkpoints.save(cfg.iterations, 0.0)
-    checkpoints.release(math.inf)
-    checkpoints.wait()
 
 
 def show_config(cfg: Config, run: Run) -> None:
