@@ -2873,14 +2873,6 @@ def initialize(model: nn.Module, cfg: Config) -> None:
             raise RuntimeError(f"parameter {name} was not initialised")
 
 
-def describe_table(model: nn.Module, cfg: Config) -> list[str]:
-    """One line a row that is used: tensors, parameters, group, quantiser."""
-    used: dict[Row, list[int]] = {}
-    for (_, p), row in zip(model.named_parameters(), rows_of(model, cfg).values()):
-        used.setdefault(row, []).append(p.numel())
-    return [f"  {r.pattern:42s} {len(n):3d} tensors {sum(n):9d} parameters  {r.group:6s} {r.quant}" for r, n in used.items()]
-
-
 def adapted_names(model: nn.Module, cfg: Config) -> set[str]:
     """Parameters that test-time training moves (TTT_PARAMS)."""
     rows = rows_of(model, cfg)
@@ -5095,8 +5087,11 @@ def describe_plan(model: GPT, cfg: Config, run: Run) -> None:
     for looping, plan in enumerate(model.plans[:1 + (cfg.num_loops > 0)]):
         words = [f"{'+' if v.skip is not None else ''}{v.layer}{'|' if v.lanes else ''}{'^' if v.push else ''}" for v in plan]
         run.log(f"plan {'with' if looping else 'without'} recurrence: {' '.join(words)}  (^ feeds a skip, + takes one, | two lanes)")
-    for line in describe_table(model, cfg):
-        run.log(line)
+    used: dict[Row, list[int]] = {}  # one line a row that is used
+    for p, row in zip(model.parameters(), rows_of(model, cfg).values()):
+        used.setdefault(row, []).append(p.numel())
+    for r, n in used.items():
+        run.log(f"  {r.pattern:42s} {len(n):3d} tensors {sum(n):9d} parameters  {r.group:6s} {r.quant}")
     run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
     micro = micro_blocks(cfg, rank_blocks(cfg, 1.0, run.world)) * cfg.pack_tokens
     run.log(f"train_batch_tokens:{cfg.train_batch_tokens} = {run.world} ranks x "
