@@ -675,7 +675,9 @@ class Run:
         self.failures: list[str] = []  # broken rules that did not stop the run; the last line and exit status tell
         self.caveats: list[str] = []  # what the verdict must say though no rule of the run was broken
         self.connect()
-        self.settle(cfg)
+        random.seed(cfg.seed), np.random.seed(cfg.seed), torch.manual_seed(cfg.seed)  # library calls that draw by themselves
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.use_deterministic_algorithms(cfg.deterministic)
 
     @property
     def main(self) -> bool:
@@ -696,12 +698,6 @@ class Run:
             torch.set_num_threads(1)  # with one a core, three runs and the tests at once were not past their first weights in two minutes
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.gpu else "gloo")
-
-    def settle(self, cfg: Config) -> None:
-        """Seed everything and choose numerics."""
-        random.seed(cfg.seed), np.random.seed(cfg.seed), torch.manual_seed(cfg.seed)  # library calls that draw by themselves
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.use_deterministic_algorithms(cfg.deterministic)
 
     def open_log(self, cfg: Config) -> None:
         """Start logs/RUN_ID.txt and .jsonl: source, ruler, versions, device, resolved config."""
