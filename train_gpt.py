@@ -840,11 +840,6 @@ def named(cfg: Config) -> Config:
     return cfg if cfg.run_id else dataclasses.replace(cfg, run_id=fresh)
 
 
-def stop_on_signals() -> None:
-    """SIGTERM ends the run the way Ctrl-C does: through the `finally` blocks, with a usable log."""
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-
-
 def report_budgets(run: Run, cfg: Config) -> None:
     """All spans, their sum beside the wall time, and the two budgets; an overrun is a failure."""
     run.clock.switch(run.clock.name)  # book the running span before reading
@@ -5232,7 +5227,8 @@ def main() -> int:
     cfg, stored = resolve(env)
     smaller = without_shards(env, cfg)
     set_environment()
-    stop_on_signals()
+    # it ends the run the way Ctrl-C does: through the `finally` blocks, with a usable log
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     run = Run(smaller or cfg, launch(env))
     if cfg.mode == "config":
         show_config(cfg, run)
