@@ -2594,8 +2594,7 @@ class InputEmbedding(nn.Module):
         self.bigram = NgramHash(2, cfg.bigram_vocab_size, cfg.bigram_dim, cfg.model_dim) if cfg.bigram_vocab_size else None
         self.trigram = NgramHash(3, cfg.trigram_vocab_size, cfg.bigram_dim, cfg.model_dim) if cfg.trigram_vocab_size else None
         self.smear_before = Smear(cfg.gate_window) if cfg.smear_gate == "pre" else None
-        after = {"post": lambda: Smear(cfg.gate_window), "channel": lambda: ChannelSmear(cfg.model_dim)}
-        self.smear_after = after[cfg.smear_gate]() if cfg.smear_gate in after else None
+        self.smear_after = {"post": Smear(cfg.gate_window), "channel": ChannelSmear(cfg.model_dim)}.get(cfg.smear_gate)
 
     def forward(self, ids: Tensor, pos: Tensor) -> Tensor:
         """ids [T], pos [T] -> x0 [T, D]."""
