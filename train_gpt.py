@@ -5025,9 +5025,8 @@ def find_file(cfg: Config, given: str, suffix: str) -> Path:
 def restore_config(env: dict, stored: dict, path: Path) -> Config:
     """The stored run's own config, with what the environment says about running it; the network's shape is fixed."""
     # what belongs to that run's files and machine, not to its recipe; before there was FP8, products were in bf16
-    own = {k: v for k, v in ({"fp8": "none"} | stored).items()
-           if k not in ("mode", "run_id", "artifact_dir", "artifact", "checkpoint", "track", "attn_backend")}
-    own = {k: v for k, v in own.items() if k not in REMOVED or v != REMOVED[k]}
+    own = {k: v for k, v in ({"fp8": "none"} | stored).items() if (k, v) not in REMOVED.items()
+           and k not in ("mode", "run_id", "artifact_dir", "artifact", "checkpoint", "track", "attn_backend")}
     known = {f.name: f for f in dataclasses.fields(Config)}
     if own.keys() - known.keys():
         raise SystemExit(f"{path}: made with knobs that are unknown here: {', '.join(sorted(own.keys() - known.keys()))}")
