@@ -4123,8 +4123,7 @@ class Scorer:
 
     def batch(self, windows: np.ndarray) -> Batch:
         """Windows as segments of one row; on a GPU filled up with padding segments."""
-        spans = [np.arange(a, b) for a, b, _ in windows]
-        at, sizes = np.concatenate(spans), windows[:, 1] - windows[:, 0]
+        at, sizes = positions(windows[:, 0], windows[:, 1]), windows[:, 1] - windows[:, 0]
         pad = self.row_tokens - len(at) if self.room else 0  # padding tokens sit in segments of their own
         sizes = np.concatenate([sizes, np.diff(np.append(np.arange(0, pad, self.length), pad))])
         tokens = np.pad(self.val.tokens[at], (0, pad)), np.pad(self.val.tokens[at + 1], (0, pad))
