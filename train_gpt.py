@@ -715,8 +715,7 @@ class Run:
         asked = shell_environment().get("CUDA_VISIBLE_DEVICES")
         if asked not in (None, "", "-1") and not HAVE["cuda"]:  # one that does not exist would train on the CPU for days
             self.warn(f"CUDA_VISIBLE_DEVICES={asked}, but torch sees no GPU: this process runs on the CPU")
-        for line in cfg.describe():
-            self.files[0].write(line + "\n")
+        self.files[0].writelines(line + "\n" for line in cfg.describe())
         changed = [line[2:] for line in cfg.describe() if line[0] == "*"]
         self.log(f"not the record's default: {' '.join(changed) or 'none'}")
         start_tracker(self, cfg)
@@ -5210,8 +5209,7 @@ def train_and_average(model: GPT, cfg: Config, run: Run, stream: TrainStream, va
 
 def show_config(cfg: Config, run: Run) -> None:
     """MODE=config: everything that is known before data and device."""
-    for line in cfg.describe():
-        run.log(line)
+    run.log("\n".join(cfg.describe()))
     with torch.device("meta"):
         model = GPT(cfg)
     describe_plan(model, cfg, run)
