@@ -526,8 +526,7 @@ def load_config(env: dict, cuda: bool, base: dict | None = None, check: bool = T
     given = {names[n].name: parse_value(names[n], v) for n, v in env.items() if n in names}
     preset = given.get("preset") or ("record" if cuda else "smoke")
     check_value(names["PRESET"], preset)
-    values = {**PRESETS[preset], **(base or {}), **given, "preset": preset}  # later entries win
-    cfg = Config(**values)
+    cfg = Config(**{**PRESETS[preset], **(base or {}), **given, "preset": preset})  # later entries win
     if check:
         validate(cfg, launch(env)[2])
     return cfg
@@ -1038,8 +1037,7 @@ def rank_blocks(cfg: Config, share: float, world: int) -> int:
 
 def micro_blocks(cfg: Config, blocks: int) -> int:
     """Blocks in one forward pass: the most that memory allows and that divide a rank's blocks of a step."""
-    most = cfg.micro_batch_tokens // cfg.pack_tokens
-    return max(m for m in range(1, min(blocks, most) + 1) if blocks % m == 0)
+    return max(m for m in range(1, min(blocks, cfg.micro_batch_tokens // cfg.pack_tokens) + 1) if blocks % m == 0)
 
 
 class TrainStream:
@@ -1160,8 +1158,8 @@ class ValidationSet:
         """[n, 2] spans of input positions that a window must not leave: documents, or the whole stream as one."""
         if not self.isolate:
             return np.array([[0, self.targets]])
-        ends = np.append(self.starts[1:], self.targets)  # a document's last target is the next one's BOS
-        spans = np.stack([self.starts, ends], 1)
+        # a document's last target is the next one's BOS
+        spans = np.stack([self.starts, np.append(self.starts[1:], self.targets)], 1)
         return spans[spans[:, 1] > spans[:, 0]]
 
     def fingerprint(self) -> dict:
@@ -2458,8 +2456,7 @@ class Block(nn.Module):
         self.attn, self.mlp = Attention(cfg, layer, kernels), MLP(cfg, kernels)
         self.resid_mix, self.start = nn.Parameter(torch.empty(2, cfg.model_dim)), kernels.mix
         # a buffer, not a float: compiled code is shared by all blocks, and a float would be a constant of each
-        depth_scale = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
-        self.register_buffer("depth_scale", torch.tensor(depth_scale), persistent=False)
+        self.register_buffer("depth_scale", torch.tensor(1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0), persistent=False)
         self.abreast = cfg.parallel_residual == "one" and layer >= cfg.parallel_start_layer
         self.x0_scale = nn.Parameter(torch.empty(1)) if cfg.x0_residual else None
 
@@ -4614,7 +4611,6 @@ class DocumentScorer:
         with torch.no_grad():
             logits = self.model.head(h[rows], None, weight, memory.head.of_first())
             logits = logits if hint is None else tilt_logits(logits, hint[rows], self.cfg.ngram_tilt_boost)
-        sample = logits, target[rows], counted[0, rows]
         # the same forward was scored above; from here on it may change the adapters
         own, learns = (nats if hint is None else nats[:, 0]).view(n, -1), more.squeeze(1).bool() & (end > begin).squeeze(1)
         loss = ((own * real).sum(1) / real.sum(1).clamp_min(1) * learns).sum()
@@ -4622,7 +4618,7 @@ class DocumentScorer:
         if keep:  # only now: the backward pass reads the ring as the forward did
             self.slots.remember(memory, pos[:, self.lead:], real)
         self.slots.learn(grad, learns)
-        return sample
+        return logits, target[rows], counted[0, rows]
 
     def learn_globally(self, adapter: Adapter, spans: np.ndarray, give_up: Callable[[], bool]) -> bool:
         """Train the network itself on scored documents [k, 2], one after the other, with a cosine (PR #1610).
@@ -4872,9 +4868,8 @@ def train_step(model: GPT, optimizers: Optimizers, batches: list[Batch], v: Valu
 
 def graphs(cfg: Config, world: int) -> list[tuple[float, bool]]:
     """(share of a whole batch, recurrence or not) for every compiled graph of a run: one a plan and a shape of rows."""
-    begins = [0.0, cfg.enable_looping_at, *(until for until, _ in cfg.batch_shares[:-1])]
     found = {}
-    for p in sorted(begins):
+    for p in sorted([0.0, cfg.enable_looping_at, *(until for until, _ in cfg.batch_shares[:-1])]):
         share, looping = stage_at(cfg.batch_shares, p), cfg.num_loops > 0 and p >= cfg.enable_looping_at
         found.setdefault((micro_blocks(cfg, rank_blocks(cfg, share, world)), looping), (share, looping))
     return list(found.values())
@@ -4961,9 +4956,8 @@ def train(model: GPT, cfg: Config, run: Run, stream: TrainStream, val: Validatio
 
 def report_training(cfg: Config, run: Run, watch: Watch, schedules: Schedules, step: int) -> None:
     """Why it stopped, speed by phase, memory, and schedules that never fired."""
-    seconds = run.clock.read("train")
     if step < cfg.iterations:
-        run.log(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{cfg.iterations}")
+        run.log(f"stopping_early: wallclock_cap train_time:{1000 * run.clock.read('train'):.0f}ms step:{step}/{cfg.iterations}")
     for looping, (steps, spent, tokens) in watch.phases.items():
         run.log(f"phase {'with' if looping else 'without'} recurrence: {steps} steps {spent:.2f}s tok/s:{tokens / max(spent, 1e-9):.0f}")
         run.event("phase", looping=looping, steps=steps, seconds=spent, tokens=tokens)
