@@ -4554,8 +4554,7 @@ class DocumentScorer:
             self.book(step, busy)
             self.step(Step(*(x[self.mine] for x in step)), sample=t % 16 == 0)
             self.done += int((step.end - step.begin).sum())
-            if t % 16 == 15:
-                self.scorer.report(self.done, f"ttt_lora step:{t + 1}/{len(steps)} slots:{int(busy.sum())}", self.nll[:-1])
+            self.scorer.report(self.done, f"ttt_lora step:{t + 1}/{len(steps)} slots:{int(busy.sum())}", self.nll[:-1])
         return True
 
     def book(self, step: Step, busy: np.ndarray) -> None:
