@@ -4638,16 +4638,14 @@ class DocumentScorer:
     def finish_plain(self) -> None:
         """Score what is left with fixed weights: the budget is met, adaptation is not."""
         self.scorer.hints = None  # they were made for another order
-        left = [(a + int(np.argmax(self.scorer.ledger.when[a:b] < 0)), a, b) for a, b in self.val.sequences
-                if (self.scorer.ledger.when[a:b] < 0).any()]
+        left = np.array([(a + np.argmax(self.scorer.ledger.when[a:b] < 0), a, b) for a, b in self.val.sequences
+                         if (self.scorer.ledger.when[a:b] < 0).any()])
         self.run.warn(f"evaluation budget: {sum(b - p for p, _, b in left)} tokens of {len(left)} documents are scored without "
                       "adaptation")
-        rows = []
-        for p, a, b in left:
-            w = make_windows(np.array([[a, b]]), self.cfg.eval_seq_len, max(self.cfg.eval_seq_len // 2, 1))
-            w[:, 2] = np.maximum(w[:, 2], p)
-            rows.append(w[w[:, 2] < w[:, 1]])
-        self.scorer.score(np.concatenate(rows))
+        w = make_windows(left[:, 1:], self.cfg.eval_seq_len, max(self.cfg.eval_seq_len // 2, 1))
+        # each window's document, by its start
+        w[:, 2] = np.maximum(w[:, 2], left[np.searchsorted(left[:, 1], w[:, 0], side="right") - 1, 0])
+        self.scorer.score(w[w[:, 2] < w[:, 1]])
 
 
 @contextlib.contextmanager
