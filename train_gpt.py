@@ -673,7 +673,11 @@ class Run:
         self.files = []
         self.failures: list[str] = []  # broken rules that did not stop the run; the last line and exit status tell
         self.caveats: list[str] = []  # what the verdict must say though no rule of the run was broken
-        self.connect()
+        if self.gpu:
+            torch.cuda.set_device(self.device)
+            torch.set_num_threads(1)  # with one a core, three runs and the tests at once were not past their first weights in two minutes
+        if self.world > 1 and not dist.is_initialized():  # NCCL for device tensors, gloo for numbers that must not touch the device queue
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.gpu else "gloo")
         random.seed(cfg.seed), np.random.seed(cfg.seed), torch.manual_seed(cfg.seed)  # library calls that draw by themselves
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.use_deterministic_algorithms(cfg.deterministic)
@@ -689,14 +693,6 @@ class Run:
     def place(self, rows: list[Tensor]) -> list[Tensor]:
         """Host tensors on this rank's device, copied behind the host's back where the device allows it."""
         return [r.pin_memory().to(self.device, non_blocking=True) for r in rows] if self.gpu else rows
-
-    def connect(self) -> None:
-        """Join the process group: NCCL for device tensors, gloo for numbers that must not touch the device queue."""
-        if self.gpu:
-            torch.cuda.set_device(self.device)
-            torch.set_num_threads(1)  # with one a core, three runs and the tests at once were not past their first weights in two minutes
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.gpu else "gloo")
 
     def open_log(self, cfg: Config) -> None:
         """Start logs/RUN_ID.txt and .jsonl: source, ruler, versions, device, resolved config."""
