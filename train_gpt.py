@@ -1459,7 +1459,7 @@ def heads_by(rows: int, *tensors: Tensor) -> list:
     return [TensorDescriptor(x, [len(x), x.shape[1] * x.shape[2]], [x.stride(0), 1], [rows, x.shape[2]]) for x in tensors]
 
 
-def attend_rows(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tensor, stop: Tensor, xsa: bool) -> tuple[Tensor, Tensor, Tensor]:
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, first: Tensor, xsa: bool) -> tuple[Tensor, Tensor, Tensor]:
     """finish_heads of attention [T, H, E], log-sum-exp to base 2 [H, T], and with xsa how much of its own value a token saw [H, T]."""
     assert q.dtype != torch.float16, "exponentials of scores need the range of bf16 or fp32"
     (T, H, E), (B, warps, stages) = q.shape, ATTEND
@@ -1498,7 +1498,7 @@ def attend_back(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, gate: Tensor, fir
           lambda *inputs_and_outputs: inputs_and_outputs)
 def attend_op(q: Tensor, k: Tensor, v: Tensor, first: Tensor, stop: Tensor) -> tuple[Tensor, Tensor]:
     """Attention [T, H, E], and log-sum-exp to base 2 [H, T]."""
-    return attend_rows(q, k, v, q.new_empty(0), first, stop, False)[:2]
+    return attend_rows(q, k, v, q.new_empty(0), first, False)[:2]
 
 
 @operator("attend_backward", lambda grad, *qkv_and_more: tuple(x.new_empty(x.shape) for x in qkv_and_more[:3]))
@@ -2155,7 +2155,7 @@ def attention_op(x: Tensor, qkv: Tensor, o: Tensor, gain: Tensor, gate: Tensor, 
     K = (len(qkv) // E - H) // 2
     root = x.new_empty(H + K, len(x), dtype=torch.float32)
     rows = launch_product("heads", x, qkv, x.new_empty(len(x), len(qkv)), turned=Turned(root, cos, sin, gain)).view(len(x), -1, E)
-    y, lse, along = attend_rows(*rows.split((H, K, K), 1), gate, first, stop, xsa)
+    y, lse, along = attend_rows(*rows.split((H, K, K), 1), gate, first, xsa)
     return product_onto(y.flatten(1), o, onto), rows, root, y, lse, along
 
 
@@ -4688,9 +4688,9 @@ def score_documents(model: GPT, val: ValidationSet, cfg: Config, run: Run, reser
 
 
 @contextlib.contextmanager
-def deterministic(cfg: Config, wanted: bool = True):
+def deterministic(cfg: Config):
     """Reproducible kernels where there are any, for test-time training: MODE=eval must give the same digits again."""
-    torch.use_deterministic_algorithms(cfg.deterministic or wanted, warn_only=not cfg.deterministic)
+    torch.use_deterministic_algorithms(True, warn_only=not cfg.deterministic)
     try:
         yield
     finally:
