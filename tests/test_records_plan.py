@@ -29,9 +29,10 @@ def planned(*args):
 def test_a_blocks_kernels_and_what_they_move():
     out, (forward, backward, both), own = planned()
     assert forward + backward == pytest.approx(both, abs=0.11) and "mlp_backward" in out and "attention_backward" in out
-    # by hand, forward: mix and norm 4, attention 6.2 (its rows, its stream twice, its weights), gate 1, norm 2, the MLP 7.5
-    assert 20 < forward < 22
-    assert own < 13  # what the speed log says of today's block; 33 when norms, rotation and the residual stream were the inductor's
+    # by hand, forward: mix and norm 4, attention 6.2 (its rows, its stream twice, its weights), norm 2, the MLP 7.5; the gate's
+    # 12 channels do not count
+    assert 19 < forward < 21
+    assert own < 11  # what the speed log says of today's block; 33 when norms, rotation and the residual stream were the inductor's
     assert planned("--layer", "9", "--set", "realize_opcount_threshold=30", "realize_acc_reads_threshold=8")[2] > planned("--layer", "9")[2] + 1
 
 
