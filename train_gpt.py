@@ -543,7 +543,7 @@ def launch(env: dict) -> tuple[int, int, int]:
 
 def validate(d: Config, world: int) -> None:
     """Refuse combinations that no single bound can see. Each line: condition that must hold, knob, reason."""
-    d.seq_limits, d.batch_shares  # reading them refuses what is no schedule
+    assert d.seq_limits and d.batch_shares  # reading them refuses what is no schedule
     rules = [
         (d.model_dim % d.num_heads == 0, "NUM_HEADS", f"must divide MODEL_DIM={d.model_dim}"),
         (d.num_heads % d.num_kv_heads == 0, "NUM_KV_HEADS", f"must divide NUM_HEADS={d.num_heads}"),
@@ -2222,8 +2222,8 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def nesterov(g: Tensor, buf: Tensor, scale: Tensor, momentum: Tensor, unit_rows: bool) -> Tensor:
-    """Where Newton-Schulz begins: gradients times scale [], taken into their momentum `buf`, and Nesterov's look ahead, of norm 1 and
-    with rows of equal lengths if asked for. [N, R, C] fp32, on a GPU to bf16, where only the products' speed counts"""
+    """Where Newton-Schulz begins: gradients times scale [], taken into their momentum `buf`, and Nesterov's look ahead, of norm 1 at
+    most and with rows of equal lengths if asked for. [N, R, C] fp32, on a GPU to bf16, where only the products' speed counts"""
     g = g * scale
     buf.mul_(momentum).add_(g)
     u = g + momentum * buf
@@ -2406,7 +2406,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, lead: Tensor, values: OtherValues, rope: tuple, cu: Tensor, longest: int, lora: VisitAdapters,
                 past: Past | None, onto: Tensor | None = None) -> tuple[Tensor, tuple]:
-        """x [T, D], of it what the gate reads [T, reads] -> (output [T, D], added onto `onto`, what others want of it: (values for later layers, keys, values for the cache))."""
+        """x [T, D], lead [T, reads]: the channels of x that the gate reads -> (output [T, D], added onto `onto`, what others want of it:
+        (values for later layers, keys, values for the cache))."""
         gate = self.gate(lead) if self.gate is not None else None
         if self.fused is not None and past is None and learns(self.qkv.weight):
             return self.fused(x, self.qkv, self.o, self.q_gain, gate, rope, cu, self.xsa, onto), (None, None, None)
@@ -2505,7 +2506,7 @@ def layer_plan(cfg: Config, looping: bool) -> list[Visit]:
 
 
 class NarrowEmbedding(nn.Module):
-    """A narrow table, projected and scaled; by tokens it is for the values of several layers (VE128 of PR #414, #430)."""
+    """A narrow table, projected and scaled; looked up by token it feeds the values of several layers (VE128 of PR #414, #430)."""
 
     def __init__(self, rows: int, width: int, dim: int):
         super().__init__()
@@ -3110,7 +3111,7 @@ def collect_hessians(model: GPT, cfg: Config, batches: list[Batch], run: Run) ->
         x = args[0].flatten(0, -2).float()  # bf16 products are exact in TF32
         sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
 
-    # a gate reads a window of its module's input, and is too small to gain from more than rounding
+    # a gate is too small to gain from more than rounding
     owners = {n: row.sees or n.rpartition(".")[0] for n, row in quantized_rows(model, cfg).items() if row.quant != "gate"}
     # an embedding's input are ids, no vectors
     hooks = [modules[m].register_forward_pre_hook(functools.partial(watch, n)) for n, m in owners.items()

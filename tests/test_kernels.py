@@ -120,10 +120,12 @@ def test_a_hopper_gpu_runs_the_form_that_was_asked_for(fp8, tmp_path, monkeypatc
     monkeypatch.setattr(tg.torch.ops.golf, "mlp", lambda *inputs: [called.append(("none", inputs))])
     layers = tg.Linear(32, 16), tg.Linear(16, 32)
     product = tg.choose_kernels(cfg, run).mlp
-    product(tg.torch.randn(3, 16), *layers, 0.5)
+    stream = tg.torch.randn(3, 16)
+    product(tg.torch.randn(3, 16), *layers, 0.5, stream)
     with tg.torch.no_grad():
         assert product(tg.torch.randn(3, 16), *layers, 0.5).shape == (3, 16)  # where nothing learns there is nothing to keep
     assert [(form, [x.shape for x in inputs[:3]]) for form, inputs in called] == [(fp8, [(3, 16), (32, 16), (16, 32)])]
+    assert called[0][1][3] is stream
 
 
 @pytest.mark.parametrize("kernels, capability, shared, heads, why", [
