@@ -2009,8 +2009,7 @@ if installed("triton"):
 
 # rows, columns and depth of a tile, warps, stages, programs a multiprocessor (tests/gpu/tiles.py); heads come in twos, however wide
 TILES = {"square": (128, 128, 64, 4, 3, 2), "slope": (128, 256, 64, 8, 3, 1), "add": (128, 256, 64, 8, 3, 1), "heads": (128, 0, 64, 8, 3, 1),
-         "square in FP8": (128, 128, 64, 4, 4, 2), "slope in FP8": (128, 128, 64, 4, 4, 2),
-         "add in FP8": (128, 256, 128, 8, 3, 1)}
+         "square in FP8": (128, 128, 64, 4, 4, 2), "slope in FP8": (128, 128, 64, 4, 4, 2), "add in FP8": (128, 256, 128, 8, 3, 1)}
 E4M3, MOST = torch.float8_e4m3fn, 448.0  # eight bits, and the largest number in them; it is as precise down to 1/64
 
 
@@ -2042,9 +2041,9 @@ def hidden_rows(x: Tensor, w: Tensor, hidden: Tensor | None, rows: Tensor | None
     return launch_product("square" if hidden is None else "slope", x, w, out, hidden, low if len(low) else None, rows, slope, gain), low
 
 
-def product_onto(x: Tensor, w: Tensor, onto: Tensor | None) -> Tensor:
-    """onto + x w^T in one pass: torch's addmm copies what it adds to. [T, K], [N, K], [T, N] -> [T, N]"""
-    return x @ w.T if onto is None else launch_product("add", x, w, torch.empty_like(onto), onto)
+def product_onto(x: Tensor, w: Tensor, onto: Tensor | None, gain: float = 1.0) -> Tensor:
+    """onto + gain x w^T in one pass: torch's addmm copies what it adds to. [T, K], [N, K], [T, N] -> [T, N]"""
+    return x @ w.T if onto is None else launch_product("add", x, w, torch.empty_like(onto), onto, gain=gain)
 
 
 # The whole MLP as one opaque operator, so that its backward product can have the activation's slope in its epilogue.
@@ -2095,8 +2094,8 @@ def hidden_op(x: Tensor, w: Tensor, hidden: Tensor | None, rows: Tensor, slope: 
 
 @operator("onto", lambda x, w, onto, gain: torch.empty_like(onto))
 def onto_op(x: Tensor, w: Tensor, onto: Tensor, gain: float) -> Tensor:
-    """onto + gain x w^T of FP8 matrices."""
-    return launch_product("add", x, w, torch.empty_like(onto), onto, gain=gain)
+    """product_onto of FP8 matrices."""
+    return product_onto(x, w, onto, gain)
 
 
 class MLP8(torch.autograd.Function):
@@ -2113,7 +2112,8 @@ class MLP8(torch.autograd.Function):
         unit = torch.full((len(x),), 1 / (top * WEIGHT_8), device=x.device)
         hidden, low = torch.ops.golf.hidden(in_e4m3(x, top), in_e4m3(up, WEIGHT_8), None, unit, slope, HIDDEN_8)
         ctx.save_for_backward(x, up, down, hidden)
-        ctx.slope, ctx.adds, down, scale = slope, onto is not None, in_e4m3(down, WEIGHT_8), 1 / (HIDDEN_8 * WEIGHT_8)
+        ctx.slope, ctx.adds = slope, onto is not None
+        down, scale = in_e4m3(down, WEIGHT_8), 1 / (HIDDEN_8 * WEIGHT_8)
         return product_e4m3(low, down) * scale if onto is None else torch.ops.golf.onto(low, down, onto, scale)
 
     @staticmethod
@@ -2587,7 +2587,7 @@ class InputEmbedding(nn.Module):
         self.bigram = NgramHash(2, cfg.bigram_vocab_size, cfg.bigram_dim, cfg.model_dim) if cfg.bigram_vocab_size else None
         self.trigram = NgramHash(3, cfg.trigram_vocab_size, cfg.bigram_dim, cfg.model_dim) if cfg.trigram_vocab_size else None
         self.smear_before = Smear(cfg.gate_window) if cfg.smear_gate == "pre" else None
-        self.smear_after = {"post": Smear(cfg.gate_window), "channel": ChannelSmear(cfg.model_dim)}.get(cfg.smear_gate)
+        self.smear_after = Smear(cfg.gate_window) if cfg.smear_gate == "post" else ChannelSmear(cfg.model_dim) if cfg.smear_gate == "channel" else None
 
     def forward(self, ids: Tensor, pos: Tensor) -> Tensor:
         """ids [T], pos [T] -> x0 [T, D]."""

@@ -100,11 +100,11 @@ def products(tg, tokens: int, width=512, heads=(4, 2), wide=128) -> None:
 def mixing(tg, tokens: int, width=512) -> None:
     """A block's start, way back."""
     rows, weights = [torch.randn(tokens, width, device="cuda").bfloat16() for _ in range(4)], torch.randn(2, width, device="cuda")
-    today, depth = tg.MIX, torch.ones((), device="cuda")
+    today, depth, lead = tg.MIX, torch.ones((), device="cuda"), rows[0][:, :12].contiguous()
     for rows_, warps in ((8, 8), (4, 4), (4, 8), (16, 8), (2, 4), (8, 4)):
         for share in (1, 2, 3, 4, 6):
             tg.MIX = rows_, warps, share
-            print(f"mix {replayed(lambda: torch.ops.golf.mix_backward(*rows[:2], rows[0][:, :12].contiguous(), *rows[2:], weights, depth)):.3f} ms {tg.MIX}", flush=True)
+            print(f"mix {replayed(lambda: torch.ops.golf.mix_backward(*rows[:2], lead, *rows[2:], weights, depth)):.3f} ms {tg.MIX}", flush=True)
     tg.MIX = today
 
 
@@ -123,6 +123,11 @@ def main(tokens=131072, hidden=2304, width=512):
         for end in ("square", "slope"):
             more, name = (squares if end == "slope" else None, rows if fp8 else None, 0.5, 1.0), end + " in FP8" * fp8
             try_tiles(tg, name, name, TILES, work, lambda: tg.hidden_rows(*operands, *more)[0])
+    down, onto = (torch.randn(width, hidden, device="cuda") / 20).bfloat16(), torch.randn(tokens, width, device="cuda").bfloat16()
+    low, down = tg.in_e4m3(squares, tg.HIDDEN_8), tg.in_e4m3(down, tg.WEIGHT_8)
+    print(f"{hidden} -> {width} in FP8; cuBLAS without the stream: {replayed(lambda: tg.product_e4m3(low, down)):.3f} ms")
+    deep = [(*t[:2], 2 * t[2], *t[3:]) for t in TILES]  # half as many bytes a number leave room for twice the depth
+    try_tiles(tg, "add in FP8", "add in FP8", TILES + deep, work, lambda: torch.ops.golf.onto(low, down, onto, 2.0 ** -9))
 
 
 if __name__ == "__main__":
