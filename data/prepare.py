@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -33,7 +34,7 @@ import sentencepiece as spm
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when this file is loaded by its path
 import vocabulary
 from shards import (BOS, CHUNK, HEADER_BYTES, ShardError, document_key, documents, entry_problem, file_entry, header, read_json,
-                    read_shard, sha256, shard_problem, split_paths, write_atomic, write_json)
+                    read_manifest, read_shard, sha256, shard_problem, split_paths, write_atomic, write_json)
 from sources import Denominator, Reader, Source, SourceError, Unit, open_source
 from transforms import REGISTRY
 from vocabulary import ByteTable, Coder
@@ -384,7 +385,8 @@ def model_of(job: Job, source: Source, work: Path, given: Path | None, log: Call
     try:
         model = vocabulary.train(training_texts(source, job, used), job.vocab_size, REGISTRY[job.transform])
     except (ValueError, RuntimeError, OSError) as error:
-        raise PrepareError(f"tokenizer: {error}") from error
+        behind = "" if used[0] else f" behind the first {job.val_docs:,} documents, which are validation (--val-docs)"
+        raise PrepareError(f"tokenizer: {error}{behind}") from error
     write_atomic(place, model)
     log(f"prepare: trained the {job.vocab_size}-piece tokenizer on {used[0]:,} bytes in {time.perf_counter() - started:.1f}s")
     return model
@@ -532,9 +534,9 @@ def publish(places: Places, manifest: dict, work: Path) -> None:
 
 def read_finished(places: Places, settings: dict, force: bool) -> dict | None:
     """The manifest of a data set that is there already. PrepareError if it was made with other settings."""
-    manifest = read_json(places.manifest)
-    if manifest is None or force:
+    if force or (manifest := read_json(places.manifest)) is None:
         return None
+    read_manifest(places.shards)  # what another tool wrote there must not be replaced unasked
     if manifest.get("settings") != settings:
         raise PrepareError(f"{places.shards} holds a data set of other settings or another source; --force replaces it")
     if problems := [p for e in manifest_files(manifest) if (p := size_problem(places.shards / e["path"], e))]:
@@ -590,8 +592,9 @@ def make(places: Places, job: Job, source: Source, settings: dict, tokenizer: Pa
     model = model_of(job, source, places.work, tokenizer, log)
     try:
         coder = Coder(model, job.transform, job.pairs)
+        coder.check_front()
     except (ValueError, RuntimeError, OSError) as error:
-        raise PrepareError(str(error)) from error
+        raise PrepareError(f"{error}{f' ({tokenizer}); without --tokenizer one is trained' if tokenizer else ''}") from error
     parts = make_shards(places, job, source, model, coder, workers, log)
     write_atomic(places.work / "tokenizer.model", model)
     about = {"vocab_size": len(coder.pieces), "bos_id": BOS}
@@ -614,9 +617,12 @@ def make(places: Places, job: Job, source: Source, settings: dict, tokenizer: Pa
 def verify(folder: Path, log: Callable[[str], object] = print) -> list[str]:
     """Problems of a data set: every file against the manifest (size, header, sha256), no shard too many or too few, sidecars
     as long as their shards, document counts, and validation disjoint from training. Nothing is believed but the bytes."""
-    manifest = read_json(folder / "manifest.json")
+    try:
+        manifest = read_manifest(folder)
+    except ShardError as error:
+        return [str(error)]
     if manifest is None:
-        return [f"{folder / 'manifest.json'} is missing or damaged"]
+        return [f"{folder / 'manifest.json'} is missing"]
     problems = [p for entry in manifest_files(manifest) if (p := entry_problem(entry, folder))]
     problems += strangers(folder, manifest)
     problems += [p] if (p := entry_problem(manifest["tokenizer"], folder.parent.parent)) else []
@@ -718,8 +724,8 @@ def main(argv: list[str] | None = None) -> int:
         source = open_source(args.source, args.text_key, args.separator, args.source_tokenizer)
         manifest = prepare(source, job, args.data_dir, args.tokenizer, args.workers, args.force)
         places = Places.of(args.data_dir, job.name)
-        print(f"prepare: use it with DATA_PATH={places.shards} TOKENIZER_PATH={places.tokenizer} "
-              f"VOCAB_SIZE={manifest['tokenizer']['vocab_size']}")
+        knobs = {"DATA_PATH": places.shards, "TOKENIZER_PATH": places.tokenizer, "VOCAB_SIZE": manifest["tokenizer"]["vocab_size"]}
+        print("prepare: use it with " + " ".join(f"{name}={shlex.quote(str(value))}" for name, value in knobs.items()))
         return 0
     except (PrepareError, SourceError, ShardError) as error:
         raise SystemExit(f"prepare: error: {error}") from error

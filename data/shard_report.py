@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from shards import ShardError, read_json
-from vocabulary import Coder, sized
+from shards import ShardError, read_manifest
+from vocabulary import Coder, check_operators, sized
 
 WORST = 5
 LEAST_TOKENS = 32  # of a document that is called the worst: short ones are odd by chance
@@ -66,13 +66,19 @@ class Stats:
 
 
 def open_coder(folder: Path, given: Path | None) -> Coder:
-    """The tokenizer of a data set, with its transform. ShardError if nothing names it."""
-    manifest = read_json(folder / "manifest.json") or {}
-    path = given or folder.parent.parent / manifest.get("tokenizer", {}).get("path", "nothing")
-    if not path.is_file():
-        raise ShardError(f"{folder}: no manifest names the tokenizer; give --tokenizer")
-    transform = manifest.get("transform", {"name": "none", "pairs": []})
-    return Coder(path.read_bytes(), transform["name"], bool(transform["pairs"]))
+    """The tokenizer of a data set, with its transform. ShardError if nothing names it, or nothing says what its operators stand for."""
+    try:
+        manifest, why = read_manifest(folder), ""
+    except ShardError as error:  # the shards can be read without it
+        manifest, why = None, f" ({error})"
+    path = given or (folder.parent.parent / manifest["tokenizer"]["path"] if manifest else None)
+    if path is None or not path.is_file():
+        raise ShardError(f"{folder}: no manifest names the tokenizer; give --tokenizer{why}")
+    model = path.read_bytes()
+    if manifest is None:
+        check_operators(folder, model)
+        return Coder(model)
+    return Coder(model, manifest["transform"]["name"], bool(manifest["transform"]["pairs"]))
 
 
 def report(folder: Path, tokenizer: Path | None = None) -> tuple[dict[str, Stats], Coder]:

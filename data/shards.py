@@ -118,6 +118,23 @@ def read_json(path: Path) -> dict | None:
     return value if isinstance(value, dict) else None
 
 
+def read_manifest(folder: Path) -> dict | None:
+    """What data/prepare.py or data/local_corpus.py says of the shards of a folder; None where it says nothing.
+
+    ShardError if the file is damaged, or another tool's: the contest's own manifest.json has the same name.
+    """
+    path = folder / "manifest.json"
+    manifest = read_json(path)
+    if manifest is None:
+        if path.is_file():
+            raise ShardError(f"{path} is damaged: it is no JSON object")
+        return None
+    if lacks := [name for name in ("tokenizer", "transform", "train", "val") if not isinstance(manifest.get(name), dict)]:
+        raise ShardError(f"{path} is not of data/prepare.py: it has the keys {list(manifest)}, but no description of {', '.join(lacks)}; "
+                         "where another tool wrote it, move it to another folder")
+    return manifest
+
+
 def document_key(tokens: np.ndarray) -> bytes:
     """128 bits that stand for a document: blake2b of its tokens [n], BOS included, as little-endian uint16.
 

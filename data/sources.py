@@ -14,14 +14,15 @@ import lzma
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import json_values
 import numpy as np
-from shards import BOS, ShardError, chunks, documents, read_json, read_shard, sha256_file, split_paths
+from shards import BOS, ShardError, chunks, documents, read_json, read_manifest, read_shard, sha256_file, split_paths
 from transforms import REGISTRY
-from vocabulary import Coder, sized
+from vocabulary import Coder, check_operators, sized
 
 UNIT_BYTES = 1 << 20
 TEXT_BYTES = 1 << 24  # longest document of a text file; JSON lines have no such limit, because they cannot be cut
@@ -159,7 +160,10 @@ class Source:
                     yield from parquet_units(raw, self.text_key, path)
                 else:
                     with unpacked(file, path) as stream:
-                        yield from jsonl_units(stream) if kind == "jsonl" else text_units(stream, self.separator)
+                        yield from (json_values.units(stream, self.text_key, jsonl_units) if kind == "jsonl" else
+                                    text_units(stream, self.separator))
+            except json_values.JsonError as error:
+                raise SourceError(f"source {path}: {error}") from None
             except (EOFError, OSError, lzma.LZMAError) as error:
                 raise SourceError(f"source {path} is damaged: {error}") from error
             if kind == "parquet":
@@ -198,11 +202,12 @@ class Plain:
         pass
 
 
-def jsonl_units(stream: BinaryIO) -> Iterator[bytes]:
-    """Whole lines of about UNIT_BYTES together; a longer line is a unit by itself."""
+def jsonl_units(head: bytes, stream: BinaryIO) -> Iterator[bytes]:
+    """Whole lines of about UNIT_BYTES together; a longer line is a unit by itself. `head`: what has been read of the stream."""
     held: list[bytes] = []
     size = 0
-    while block := stream.read(UNIT_BYTES):
+    blocks = (head[at:at + UNIT_BYTES] for at in range(0, len(head), UNIT_BYTES))
+    for block in chain(blocks, iter(partial(stream.read, UNIT_BYTES), b"")):
         cut = block.rfind(b"\n") + 1 if size + len(block) >= UNIT_BYTES else 0
         if cut:
             yield b"".join([*held, block[:cut]])
@@ -282,14 +287,14 @@ def decode(data: bytes | None, odd: Counter) -> str:
 
 
 def decode_line(line: bytes, text_key: str, number: int, odd: Counter) -> str:
-    """The text of a JSON line: under `text_key`, or the whole line where it is a string."""
+    """The text of a JSON line: under `text_key` ("a.b": b inside a), or the whole line where it is a string."""
     if not line.strip():
         return ""
     try:
         record = json.loads(decode(line, odd))
     except ValueError as error:
         raise SourceError(f"document {number}, line {number + 1}: not JSON ({error}): {line[:60]!r}") from None
-    text = record.get(text_key) if isinstance(record, dict) else record
+    text = json_values.field(record, text_key)
     return text if isinstance(text, str) else ""
 
 
@@ -344,6 +349,9 @@ class Shards(Source):
         self.sha256 |= self.beside
         try:
             self.reader = Detokenizer(tokenizer.read_bytes(), *self.transform())
+            self.reader.coder.check_front()
+        except ShardError:
+            raise
         except (ValueError, RuntimeError, OSError) as error:
             raise SourceError(f"{tokenizer}: {error}") from error
         self.check_starts()
@@ -384,12 +392,13 @@ class Shards(Source):
             if said or split_paths(self.folder, "val_bytes"):
                 raise SourceError(f"{self.folder} has byte sidecars (fineweb_val_bytes_*.bin) or a transform, but no manifest of "
                                   "data/prepare.py: its text holds operators that nothing explains, so it cannot be brought back")
+            check_operators(self.folder, self.tokenizer.read_bytes())
             return "none", False
         name = said.get("name")
         if name not in REGISTRY or REGISTRY[name].lossy:
             why = "is lossy: the original text is not in these shards" if name in REGISTRY else "is not known here"
             raise SourceError(f"{path}: transform {name!r} {why}")
-        if manifest.get("tokenizer", {}).get("sha256") != self.beside[self.tokenizer.name]:
+        if read_manifest(self.folder)["tokenizer"].get("sha256") != self.beside[self.tokenizer.name]:
             raise SourceError(f"{self.tokenizer} is not the tokenizer that {path} names (sha256)")
         return name, bool(said.get("pairs"))
 

@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import contest_writer
 import pytest
 import sentencepiece as spm
 from conftest import ROOT, config, trainer, write_shard
@@ -357,6 +359,33 @@ def test_tokenizers_that_cannot_be_used_are_refused():
             vocabulary.Coder(model, transform, pairs)
 
 
+@pytest.mark.parametrize("options, message", [
+    (dict(lone_space=False), r"no piece for a space by itself \(U\+2581\)"),
+    (dict(treat_whitespace_as_suffix=True, add_dummy_prefix=True), r"a space behind every text \(treat_whitespace_as_suffix\).*add_dummy_prefix=False"),
+    (dict(add_dummy_prefix=True), r"a space in front of every text \(add_dummy_prefix\)")])
+def test_a_tokenizer_whose_spaces_are_miscounted_is_refused_with_what_to_do(tmp_path, options, message):
+    """Issue #897 and the trailing-space convention; as a given tokenizer, as that of a source of shards, and in the report."""
+    import shard_report
+    said = contest_writer.write_plain(tmp_path / "shards", contest_writer.sample_documents(80, 1), **options)
+    source = jsonl(tmp_path / "docs.jsonl", TEXTS)
+    with pytest.raises(prepare.PrepareError, match=message + r".*tokenizer.model\); without --tokenizer one is trained"):
+        build(tmp_path / "data", source, tokenizer=said["tokenizer"])
+    with pytest.raises(sources.SourceError, match=f"tokenizer.model: .*{message}"):
+        sources.open_source([tmp_path / "shards"], tokenizer=said["tokenizer"])
+    if "front" in message:  # its bytes are counted rightly, it only cannot be used to make shards
+        stats, _ = shard_report.report(tmp_path / "shards", said["tokenizer"])
+        assert sum(stats["val"].bytes) == said["normalized_bytes"]
+    else:
+        with pytest.raises(ValueError, match=message):
+            shard_report.report(tmp_path / "shards", said["tokenizer"])
+
+
+def test_trailing_spaces_without_a_dummy_are_exact(tmp_path):
+    said = contest_writer.write_plain(tmp_path / "shards", contest_writer.sample_documents(80, 1), treat_whitespace_as_suffix=True)
+    manifest = build(tmp_path / "data", jsonl(tmp_path / "docs.jsonl", contest_writer.sample_documents(80, 1)), tokenizer=said["tokenizer"], val_docs=20)
+    assert manifest["val"]["bytes"] == said["normalized_bytes"] and manifest["val"]["tokens"] == said["tokens"]
+
+
 def test_a_tokenizer_that_cannot_write_a_text_is_refused():
     coder = vocabulary.Coder(train_kind(byte_fallback=False))
     with pytest.raises(ValueError, match="cannot write all of 'the 漢"):
@@ -389,7 +418,8 @@ def test_manifest_and_shards_agree_with_the_text(toy):
 
 def test_train_gpt_reads_what_was_written(toy):
     tg, (folder, manifest) = trainer(), toy
-    assert sum(map(len, tg.find_shards(folder / "data/datasets/toy", "train"))) == manifest["train"]["tokens"]
+    train = (folder / "data/datasets/toy").glob("fineweb_train_*.bin")
+    assert sum(len(tg.read_shard(path)) for path in train) == manifest["train"]["tokens"]
     cfg = dataclasses.replace(config(), vocab_size=400, data_path=str(folder / "data/datasets/toy"), val_docs=0)
     val = tg.ValidationSet(cfg, tg.Tokenizer(folder / "data/tokenizers/toy.model", 400))
     assert int(val.bytes.sum()) == manifest["val"]["bytes"] and len(val.starts) == 50
@@ -406,7 +436,7 @@ def test_train_gpt_counts_the_bytes_of_signs_that_an_operator_ends(tmp_path):
     assert docs.bytes.sum() == manifest["val"]["bytes"] == sum(len(CODERS["none"].sp.normalize(t).replace("\u2581", " ").encode()) for t in TEXTS[:50])
     sizes = read_split(tmp_path / "datasets/toy", "val_bytes")
     write_shard(tmp_path / "datasets/toy/fineweb_val_bytes_000000.bin", np.where(docs.tokens == merged[0], 0, sizes))
-    with pytest.raises(SystemExit, match="by more than operators"):
+    with pytest.raises(SystemExit, match="sidecar .*differs? "):
         trainer().ValidationSet(cfg, tokenizer)
 
 
@@ -455,7 +485,7 @@ def test_any_shard_truncated_or_altered_at_any_byte_is_refused_with_its_name(wit
 @pytest.mark.parametrize("name, change, message", [
     ("fineweb_train_000000.bin", lambda p: p.unlink(), "fineweb_train_000000.bin: missing"),
     ("manifest.json", lambda p: p.unlink(), "manifest.json is missing"),
-    ("manifest.json", lambda p: p.write_bytes(p.read_bytes()[:-9]), "manifest.json is missing or damaged"),
+    ("manifest.json", lambda p: p.write_bytes(p.read_bytes()[:-9]), "manifest.json is damaged"),
     ("fineweb_train_000099.bin", lambda p: write_shard(p, [1, 5]), "fineweb_train_000099.bin: not in the manifest"),
     ("../../tokenizers/toy.model", lambda p: p.write_bytes(b"x" + p.read_bytes()[1:]), "toy.model: its sha256")])
 def test_verify_names_what_is_wrong(with_sidecar, tmp_path, name, change, message):
@@ -752,6 +782,84 @@ def test_broken_sources_are_named(tmp_path):
     assert not (tmp_path / "data/datasets/toy").exists()
 
 
+def read_all(path: Path, text_key: str = "text") -> list[str]:
+    """All texts of a source, as prepare.py reads them."""
+    source = sources.Source([path], text_key)
+    return [text for unit in source.units() for text in source.reader(unit, Counter())]
+
+
+RECORDS = [{"id": i, "text": text} for i, text in enumerate(TEXTS[:100])]
+FORMS = {
+    "array": json.dumps(RECORDS), "array of strings": json.dumps(TEXTS[:100]), "pretty array": json.dumps(RECORDS, indent=2),
+    "array over lines": "[\n" + ",\n".join(map(json.dumps, RECORDS)) + "\n]\n", "pretty objects": "\n".join(json.dumps(r, indent=1) for r in RECORDS),
+    "data": json.dumps({"version": 3, "meta": {"n": 100}, "data": RECORDS}), "pretty rows": json.dumps({"rows": RECORDS, "partial": False}, indent=4),
+    "columns": json.dumps({"id": list(range(100)), "text": TEXTS[:100]}),
+    "columns by row": json.dumps({"id": dict(enumerate(range(100))), "text": dict(enumerate(TEXTS[:100]))}),
+    "lines with a byte order mark": "\ufeff" + "\n".join(map(json.dumps, RECORDS)), "lines of other records first":
+        "\n".join(map(json.dumps, [{"items": [1, 2], "id": 5}, *RECORDS]))}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("block", [7, 1 << 20])
+def test_json_in_every_usual_form_is_read(tmp_path, monkeypatch, form, block):
+    import json_values
+    if block == 7 and form in ("data", "columns", "columns by row"):  # one line: whether it is a table is told by its first block
+        block = 50_000
+    monkeypatch.setattr(json_values, "BLOCK", block)
+    (tmp_path / "docs.json").write_text(FORMS[form], encoding="utf-8")
+    want = ["", *TEXTS[:100]] if "other records" in form else TEXTS[:100]
+    assert read_all(tmp_path / "docs.json") == want
+
+
+def test_a_table_on_one_long_line_is_read_in_bounded_memory(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps({"features": ["text"], "rows": [{"row_idx": i, "row": {"text": f"{i} " + "word " * 2000}} for i in range(300)]}))
+    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "word " * 400_000, "items": [1]}) + "\n" + json.dumps({"text": "b"}) + "\n")
+    texts = read_all(tmp_path / "rows.json", "row.text")
+    assert len(texts) == 300 and texts[299].startswith("299 word")
+    units = list(sources.Source([tmp_path / "rows.json"], "row.text").units())
+    assert len(units) > 2 and max(unit.size for unit in units) < 2 * sources.UNIT_BYTES
+    assert [len(text) for text in read_all(tmp_path / "long.jsonl")] == [2_000_000, 1]
+
+
+def test_bytes_that_are_no_utf8_come_through_an_array(tmp_path):
+    (tmp_path / "docs.json").write_bytes(b'[{"text": "bad \xff byte"}, {"text": "half \\ud800 pair"}, {"text": "\xe2\x82\xac"}]')
+    source, odd = sources.Source([tmp_path / "docs.json"]), Counter()
+    assert [t for u in source.units() for t in source.reader(u, odd)] == ["bad \ufffd byte", "half \ufffd pair", "\u20ac"]
+    assert odd == {"with invalid UTF-8": 1, "with lone surrogates": 1}
+
+
+@pytest.mark.parametrize("name, content, key, message", [
+    ("docs.jsonl", '{"id": 1, "content": "some words"}\n' * 200, "text",
+     r"docs.jsonl: the key 'text' is in none of 200 records, whose keys are \['id', 'content'\]; .*--text-key content$"),
+    ("docs.jsonl", '{"text": "some words"}\n' * 9, "txet", r"the key 'txet' is in none of 9 records, whose keys are \['text'\]; .*--text-key text$"),
+    ("docs.json", json.dumps([{"my text": "a", "n": 2}] * 3), "text", r"keys are \['my text', 'n'\]; .*--text-key 'my text'$"),
+    ("docs.json", json.dumps({"data": [{"row": {"body": "a"}}]}), "text", r"keys are \['row.body'\]; .*--text-key row.body$"),
+    ("docs.jsonl", '{"text": ["a", "b"]}\n' * 2, "text", "the key 'text' holds no text of 2 records.*none of them holds text"),
+    ("docs.jsonl", '{"content": "x"}\n' * 200_000, "text", "in none of 1,000 records"),
+    ("docs.json", '{"train": [{"text": "a"}]}', "text", r"keys are \['train'\]"),
+    ("docs.json", '[{"text": "a"}, {"text": "b"', "text", r"docs.json: not JSON .* at character 16"),
+    ("docs.json", '[{"text": "a"} {"text": "b"}]', "text", r"not JSON \(',' expected\) at character 15")])
+@pytest.mark.parametrize("tokenizer", [False, True])
+def test_a_key_that_no_record_has_is_answered_with_the_keys_that_are_there(tmp_path, name, content, key, message, tokenizer):
+    """Never SentencePiece's INTERNAL error, whether it is the trainer that finds no text or the coder."""
+    (tmp_path / name).write_text(content)
+    with pytest.raises(sources.SourceError, match=message):
+        build(tmp_path / "data", tmp_path / name, text_key=key, val_docs=1, tokenizer=save(tmp_path) if tokenizer else None)
+
+
+@pytest.mark.parametrize("content, more, message", [
+    ("", {}, "there is no text to train it on"), ('{"text": " "}\n' * 99, {}, "there is no text to train it on"),
+    ('{"text": "word"}\n' * 99, dict(val_docs=99), "no text to train it on behind the first 99 documents, which are validation .--val-docs"),
+    ("".join(json.dumps({"text": "".join(map(chr, range(0x4E00 + i, 0x4E40 + i)))}) + "\n" for i in range(300)), {},
+     r"400 pieces are too few: the bytes and the usual characters of the text alone need \d\d\d"),
+    ('{"text": "a word"}\n' * 99, {}, "the text gives only 2.. pieces, 400 asked")])
+def test_text_that_gives_no_tokenizer_is_said_in_words(tmp_path, content, more, message):
+    (tmp_path / "docs.jsonl").write_text(content)
+    with pytest.raises(prepare.PrepareError, match="tokenizer: ") as error:
+        build(tmp_path / "data", tmp_path / "docs.jsonl", **{"val_docs": 1, **more})
+    assert re.search(message, str(error.value)) and "INTERNAL" not in str(error.value) and ".cc" not in str(error.value)
+
+
 @given(st.lists(st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"]), max_size=20), min_size=1, max_size=8),
        st.integers(1, 40), st.data())
 def test_units_hold_every_document_once_however_they_are_cut(texts, size, data):
@@ -759,7 +867,7 @@ def test_units_hold_every_document_once_however_they_are_cut(texts, size, data):
     saved, sources.UNIT_BYTES = sources.UNIT_BYTES, size
     try:
         pieces, first = [], 0
-        for piece in sources.jsonl_units(io.BytesIO(raw)):
+        for piece in sources.jsonl_units(raw[:size // 2], io.BytesIO(raw[size // 2:])):
             pieces.append(sources.Unit(first, piece))
             first += pieces[-1].count
     finally:
@@ -934,6 +1042,43 @@ def test_the_command_line_takes_shards_with_their_tokenizer_only(made, tmp_path,
     assert prepare.main(["--verify", str(tmp_path / "datasets/toy_byte260")]) == 0
 
 
+FOREIGN = {"version": "10B", "datasets": [{"name": "fineweb10B_sp1024", "stats": {"files_train": 1}}], "tokenizers": []}
+
+
+@pytest.mark.parametrize("manifest", [FOREIGN, {"tokenizer": "toy.model", "transform": "caseops", "train": [], "val": []}])
+def test_the_manifest_of_another_tool_is_named(made, tmp_path, capsys, manifest):
+    """The contest's own scripts write a manifest.json, too: it is neither taken for ours nor written over."""
+    shutil.copytree(made["none"], tmp_path / "copy")
+    folder, model = tmp_path / "copy/datasets/toy", tmp_path / "copy/tokenizers/toy.model"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    message = "manifest.json is not of data/prepare.py: it has the keys .*no description of .*tokenizer.*move it"
+    assert re.search(message, "\n".join(prepare.verify(folder, **QUIET)))
+    with pytest.raises(SystemExit, match=message):
+        prepare.main([str(jsonl(tmp_path / "docs.jsonl", TEXTS)), "--name", "toy", "--data-dir", str(tmp_path / "copy"), "--val-docs", "9"])
+    if manifest is FOREIGN:
+        assert build(tmp_path / "new", sources.open_source([folder], tokenizer=model), val_docs=None)["val"]["documents"]
+    else:
+        with pytest.raises(sources.SourceError, match="transform, but no manifest of data/prepare.py"):
+            sources.open_source([folder], tokenizer=model)
+    assert json.loads((folder / "manifest.json").read_text()) == manifest
+
+
+def test_caseops_shards_without_their_sidecar_are_refused(tmp_path):
+    """Nothing in them says that a fifth of the tokens stands for no text (PR #2071, #2138)."""
+    import shard_report
+    docs = contest_writer.sample_documents(80, 1)
+    said = contest_writer.write_caseops(tmp_path / "bare", docs, sidecar=False)
+    message = r"bare: [\d,]+ validation tokens are case operators.*no byte sidecars"
+    with pytest.raises(shards.ShardError, match=message):
+        sources.open_source([tmp_path / "bare"], tokenizer=said["tokenizer"])
+    with pytest.raises(shards.ShardError, match=message):
+        shard_report.report(tmp_path / "bare", said["tokenizer"])
+    said = contest_writer.write_caseops(tmp_path / "whole", docs)
+    assert sum(shard_report.report(tmp_path / "whole", said["tokenizer"])[0]["val"].bytes) == said["bytes"]
+    plain = contest_writer.write_plain(tmp_path / "plain", [d.lower() for d in docs], user_defined_symbols=["\ue000", "\ue001"])
+    assert shard_report.report(tmp_path / "plain", plain["tokenizer"])[0], "symbols that no token uses do no harm"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The border between validation and training
 # ----------------------------------------------------------------------------------------------------------------------
@@ -991,6 +1136,15 @@ def test_command_line(tmp_path, capsys):
     (tmp_path / "datasets/docs_byte260/fineweb_val_000000.bin").write_bytes(b"")
     assert prepare.main(["--verify", str(tmp_path / "datasets/docs_byte260")]) == 1
     assert "fineweb_val_000000.bin: 0 bytes" in capsys.readouterr().out
+
+
+def test_the_printed_knobs_can_be_pasted(tmp_path, capsys):
+    folder = tmp_path / "o'brien's $HOME data"
+    source = jsonl(tmp_path / "my docs.jsonl", TEXTS)
+    assert prepare.main([str(source), "--vocab-size", "260", "--val-docs", "50", "--data-dir", str(folder), "--workers", "1"]) == 0
+    line = capsys.readouterr().out.splitlines()[-1].removeprefix("prepare: use it with ")
+    said = subprocess.run(["bash", "-c", f"{line} env"], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert {f"DATA_PATH={folder}/datasets/my docs_byte260", f"TOKENIZER_PATH={folder}/tokenizers/my docs_byte260.model", "VOCAB_SIZE=260"} <= set(said)
 
 
 @pytest.mark.parametrize("args, message", [
