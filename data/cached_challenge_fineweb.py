@@ -21,13 +21,13 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when this file is loaded by its path
-from shards import entry_problem, read_json, sha256_file, shard_problem, write_json
+from shards import ShardError, entry_problem, read_json, sha256_file, shard_problem, write_json
 
 REPO = os.environ.get("MATCHED_FINEWEB_REPO_ID", "willdepueoai/parameter-golf")
 PREFIX = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "datasets")
@@ -270,10 +270,23 @@ def explain(error: BaseException, remote: Remote, place: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Manifest
 # ---------------------------------------------------------------------------------------------------------------------
+def known(data_dir: Path) -> dict:
+    """What data/manifest.json says; {} where there is none, or one that another tool wrote: the contest's has the same name."""
+    manifest = read_json(data_dir / "manifest.json") or {}
+    return manifest if all(isinstance(manifest.get(key), dict) for key in ("files", "upstream")) else {}
+
+
+def keep_foreign(data_dir: Path) -> None:
+    """Another tool's manifest.json gets another name, so that it is not written over."""
+    path, place = data_dir / "manifest.json", data_dir / "manifest.other.json"
+    if read_json(path) and not known(data_dir):
+        os.replace(path, place)
+        print(f"{path} was not written by this script: it is kept as {place}")
+
+
 def record(data_dir: Path, files: dict[str, dict], upstream: dict[str, dict] | None = None) -> None:
     """Enters files (place -> entry) and the publishers' own manifests (repo -> manifest) into data/manifest.json."""
-    path = data_dir / "manifest.json"
-    manifest = read_json(path) or {}
+    path, manifest = data_dir / "manifest.json", known(data_dir)
     merged = {key: manifest.get(key, {}) | (more or {}) for key, more in (("files", files), ("upstream", upstream))}
     if {"version": 1, **merged} != manifest:
         write_json(path, {"version": 1, **merged})
@@ -296,9 +309,9 @@ def verify(data_dir: Path) -> int:
 
     The manifest remembers what was damaged, so that the next download looks at its content and not only at its size.
     """
-    files = (read_json(data_dir / "manifest.json") or {}).get("files")
+    files = known(data_dir).get("files")
     if not files:
-        raise SystemExit(f"{data_dir / 'manifest.json'} knows no files; run this without --verify first")
+        raise SystemExit(f"{data_dir / 'manifest.json'} knows no files that this script fetched; run it without --verify first")
     found = {place: entry_problem(entry | {"path": place}, data_dir) for place, entry in sorted(files.items())}
     problems = {place: problem for place, problem in found.items() if problem}
     for problem in problems.values():
@@ -330,14 +343,28 @@ def parser() -> argparse.ArgumentParser:
 def fetch_missing(args: argparse.Namespace, commit: str, wanted: dict[Path, Remote]) -> list[str]:
     """Looks which files are whole, fetches the others; the failures."""
     names = {place: place.relative_to(args.data_dir).as_posix() for place in wanted}
-    known = (read_json(args.data_dir / "manifest.json") or {}).get("files", {})
-    there = {place for place, remote in wanted.items() if is_there(place, remote, known.get(names[place]))}
+    entries = known(args.data_dir).get("files", {})
+    there = {place for place, remote in wanted.items() if is_there(place, remote, entries.get(names[place]))}
     missing = {place: remote for place, remote in wanted.items() if place not in there}
     check_space(args.data_dir, {place: remote.size for place, remote in missing.items()})
     record(args.data_dir, {names[p]: entry_of(args.repo, commit, wanted[p], p) for p in there})
     size = sum(remote.size for remote in missing.values())
     print(f"{args.repo} at {commit[:12]}: {len(there)} files are there, {len(missing)} to fetch ({size:,} bytes)", flush=True)
     return fetch_all(args.repo, commit, missing, args.data_dir, args.workers) if missing else []
+
+
+def warn_of_operators(data_dir: Path, places: Iterable[str]) -> None:
+    """Says so where CaseOps shards were published without the byte sidecars that their scores need."""
+    from vocabulary import check_operators
+    folders = {data_dir / Path(place).parent for place in places if "_val_" in place}
+    for model in (data_dir / place for place in places if place.endswith(".model")):
+        try:
+            for folder in folders:
+                check_operators(folder, model.read_bytes())
+        except ShardError as error:
+            print(f"warning: {error}")
+        except (ValueError, RuntimeError, OSError):
+            pass  # not there, or no model: whoever reads the shards says it
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -353,12 +380,14 @@ def main(argv: list[str] | None = None) -> int:
         raise SystemExit(f"{args.repo} holds no fineweb10B_{args.variant} below {PREFIX}, only {found}; "
                          "--repo names another data set")
     with only_one(args.data_dir):
+        keep_foreign(args.data_dir)
         if not args.skip_manifest:
             refresh_upstream(args.repo, commit, files, args.data_dir)
         failures = fetch_missing(args, commit, {args.data_dir / place: by_name[name] for name, place in places.items()})
     trains = sum("_train_" in name for name in places)
     if trains < args.train_shards:
         print(f"note: {args.repo} has {trains} training shards of {args.variant}, {args.train_shards} were asked for")
+    warn_of_operators(args.data_dir, places.values())
     if failures:
         raise SystemExit("\n".join([*failures, f"{len(failures)} files are missing; run this again, it goes on where it was"]))
     print(f"{len(places)} files are whole: {args.data_dir / 'datasets' / f'fineweb10B_{args.variant}'}")

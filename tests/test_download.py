@@ -2,11 +2,13 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
 
+import contest_writer
 import hub as local
 import pytest
 from conftest import ROOT, load_by_path, write_shard
@@ -99,6 +101,30 @@ def test_a_file_that_changed_at_the_publishers_is_fetched_again(remote, tmp_path
     fetch(tmp_path, "--skip-manifest")
     assert remote.fetched() == [f"{SET}/{VAL}"]
     assert (tmp_path / PLACE / VAL).read_bytes() == (remote.root / SET / VAL).read_bytes()
+
+
+@pytest.mark.parametrize("sidecar", [True, False])
+def test_caseops_sets_without_sidecars_are_warned_of(remote, tmp_path, capsys, sidecar):
+    """Their scores would be 3 to 12 % too good."""
+    made = contest_writer.write_caseops(tmp_path / "made", contest_writer.sample_documents(40, 2), sidecar=sidecar)
+    for place in remote.root.rglob("fineweb_val_*.bin"):
+        place.unlink()
+    for path in (tmp_path / "made").glob("fineweb_val_*.bin"):
+        (remote.root / SET / path.name).write_bytes(path.read_bytes())
+    for place in remote.root.rglob("fineweb_64_bpe.model"):
+        place.write_bytes(made["tokenizer"].read_bytes())
+    assert fetch(tmp_path / "data", "--skip-manifest") == 0
+    assert bool(re.search(r"warning: .*sp64: [\d,]+ validation tokens are case operators", capsys.readouterr().out)) != sidecar
+
+
+@pytest.mark.parametrize("foreign", [{"datasets": [{"name": "fineweb10B_sp64"}]}, {"version": "10B", "files": ["a.bin"], "upstream": {}}])
+def test_another_tools_manifest_is_kept_and_not_believed(remote, tmp_path, capsys, foreign):
+    """The contest's own scripts put a manifest.json at the same place."""
+    (tmp_path / "manifest.json").write_text(json.dumps(foreign))
+    with pytest.raises(SystemExit, match="knows no files that this script fetched"):
+        fetcher.verify(tmp_path)
+    assert fetch(tmp_path, "--skip-manifest") == 0 and "it is kept as" in capsys.readouterr().out
+    assert json.loads((tmp_path / "manifest.other.json").read_text()) == foreign and fetcher.verify(tmp_path) == 0
 
 
 def test_files_that_were_there_before_the_manifest_are_hashed_not_believed(remote, tmp_path):
