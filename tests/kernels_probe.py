@@ -3,6 +3,7 @@ the interpreter is made when Triton is imported. Prints one JSON line: what was 
 
     TRITON_INTERPRET=1 python tests/kernels_probe.py
 """
+import functools
 import json
 
 import torch
@@ -101,16 +102,16 @@ def mlp8(tokens, dim, hidden, slope, stream=False):
 
 
 def cached(slots, rows, heads, window, begin):
-    """The lock step's attention over rings not yet full, full, and turned over; rows as views of wider ones."""
+    """The lock step's attention over rings not yet full, full, and turned over, in every tile; rows as views of wider ones."""
     group, width = 2, 16
     begin, cells = torch.tensor(begin), window + 8
     past = tg.Past(torch.randn(slots, cells, heads, width), torch.randn(slots, cells, heads, width), begin, window)
 
     def form(f):
         return lambda qk, v: f(*qk.split((group * heads, heads), 1), v[:, heads:], past)
-    fused = form(lambda q, k, v, past: tg.CachedAttention.apply(q, k, v, past.k, past.v, past.begin, past.window))
-    return compare(fused, form(tg.attention_cached_eager), [torch.randn(slots * rows, (group + 1) * heads, width),
-                                                            torch.randn(slots * rows, 2 * heads, width)])
+    inputs = [torch.randn(slots * rows, (group + 1) * heads, width), torch.randn(slots * rows, 2 * heads, width)]
+    return max(compare(form(functools.partial(tg.attention_cached_triton, tile=tile)), form(tg.attention_cached_eager), inputs)
+               for tile in tg.RING_TILES)
 
 
 def attended(borders, heads, gain=1.0):

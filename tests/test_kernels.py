@@ -90,8 +90,8 @@ def test_the_other_kernels_compile_for_hopper():
     compiled(tg.mix_back, {**dict.fromkeys(("X", "X0", "GRAD", "NORMED", "LEAD", "DX", "DX0"), tensor), **dict.fromkeys(("MIX", "DEPTH", "SUMS"), "*fp32"), "T": "i32"},
              {"D": cfg.model_dim, "W": cfg.model_dim, "B": rows, "L": cfg.gate_window}, num_warps=warps)
     group, chunk = cfg.num_heads // cfg.num_kv_heads, cfg.ttt_chunk_size
-    shape = {"W": cfg.eval_seq_len, "C": chunk, "H": cfg.num_heads, "G": group, "E": cfg.head_dim, "R": 128, "J": 64, "N": 64}
-    assert 64 < group * chunk <= shape["R"] and 32 < chunk <= shape["J"]
+    shape = {"W": cfg.eval_seq_len, "C": chunk, "H": cfg.num_heads, "G": group, "P": 1, "E": cfg.head_dim, "R": 128, "J": 64, "N": 64}
+    assert 64 < group * chunk <= shape["R"] and 32 < chunk <= shape["J"] and tg.RING_TILES[0] == (shape["N"], 3, False)
     reads = {**dict.fromkeys(("Q", "K", "V", "OK", "OV"), tensor), "BEGIN": "*i64", "OUT": tensor, "LSE": "*fp32"}
     numbers = {"scale": "fp32", **dict.fromkeys(("cells", "qs", "ks", "vs"), "i32")}
     compiled(tg.cached_forward, reads | numbers, shape, num_warps=4)
@@ -101,11 +101,12 @@ def test_the_other_kernels_compile_for_hopper():
 def test_without_a_gpu_the_eager_twins_run(tmp_path):
     cfg = config(PRESET="record")
     chosen = tg.choose_kernels(cfg, make_run(tmp_path, cfg))
-    assert chosen[1:] == (tg.head_nll_eager, tg.mlp_eager, tg.mix_eager, None)
+    assert chosen[1:] == (tg.head_nll_eager, tg.mlp_eager, tg.mix_eager, None, tg.attention_cached_eager)
 
 
 def pretend_hopper(monkeypatch, run):
     monkeypatch.setattr(tg, "choose_attention", lambda cfg, run: tg.attention_sdpa)
+    monkeypatch.setattr(tg, "choose_cached", lambda cfg, run: tg.attention_cached_eager)
     monkeypatch.setitem(tg.HAVE, "triton", True)
     monkeypatch.setattr(run, "device", tg.torch.device("cuda"))
     monkeypatch.setattr(tg, "large_tiles", lambda: True)
@@ -137,18 +138,19 @@ def test_attentions_own_kernels_are_passed_over(kernels, capability, shared, hea
     run = make_run(tmp_path, cfg)
     for have in ("cuda", "triton"):
         monkeypatch.setitem(tg.HAVE, have, True)
-    monkeypatch.setattr(tg.torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(tg.torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(shared_memory_per_block_optin=shared << 10))
+    card = types.SimpleNamespace(major=capability[0], minor=capability[1], shared_memory_per_block_optin=shared << 10)
+    monkeypatch.setattr(tg.torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(tg.torch.cuda, "get_device_properties", lambda device: card)
     assert why in tg.try_attention("triton", cfg, run)
     with pytest.raises(tg.ConfigError, match=why):
         tg.choose_attention(config(PRESET="record", KERNELS=kernels, NUM_HEADS=heads, ATTN_BACKEND="triton"), run)
 
 
-@pytest.mark.parametrize("gpu, knobs, told", [
-    (False, {}, "kernels:eager fp8:none (FP8=mlp needs our kernels, a Hopper GPU"), (False, {"FP8": "none"}, "kernels:eager fp8:none\n"),
-    (True, {}, "kernels:triton fp8:mlp\n"), (True, {"MLP_MULT": 4.01}, "kernels:triton fp8:none (FP8=mlp needs our kernels"),
-    (True, {"KERNELS": "eager"}, "kernels:eager fp8:none (FP8=mlp needs our kernels"), (True, {"FP8": "none"}, "kernels:triton fp8:none\n")], ids=str)
-def test_whether_fp8_runs_is_told(gpu, knobs, told, tmp_path, monkeypatch):
+@pytest.mark.parametrize("gpu, knobs, runs", [
+    (False, {}, "eager fp8:none"), (False, {"FP8": "none"}, "eager fp8:none"), (True, {}, "triton fp8:mlp"), (True, {"MLP_MULT": 4.01}, "triton fp8:none"),
+    (True, {"KERNELS": "eager"}, "eager fp8:none"), (True, {"FP8": "none"}, "triton fp8:none")], ids=str)
+def test_whether_fp8_runs_is_told(gpu, knobs, runs, tmp_path, monkeypatch):
+    """Other digits than the recipe's, under the recipe's name: a GPU that cannot says so loudly, and the verdict says it again."""
     cfg = config(PRESET="record", **knobs)
     run = make_run(tmp_path, cfg)
     if gpu:
@@ -156,9 +158,44 @@ def test_whether_fp8_runs_is_told(gpu, knobs, told, tmp_path, monkeypatch):
     run.open_log(cfg)
     chosen = tg.choose_kernels(cfg, run)
     run.close()
-    assert told in run.path(".txt").read_text().split(tg.RULER)[-1]
+    assert f"kernels:{runs}\n" in run.path(".txt").read_text().split(tg.RULER)[-1]
+    missed = gpu and cfg.fp8 != "none" and "none" in runs
+    assert missed == any("FP8=mlp" in caveat for caveat in run.caveats)
     # rows that no tensor descriptor can hold go the eager twin's way
-    assert getattr(chosen.mlp, "keywords", {}).get("fp8") == (None if "needs" in told or not gpu else "fp8:mlp" in told)
+    assert getattr(chosen.mlp, "keywords", {}).get("fp8") == (None if missed or not gpu else "fp8:mlp" in runs)
+
+
+@pytest.mark.parametrize("too_large", range(4))
+def test_adaptations_attention_takes_the_first_tile_that_runs(too_large, tmp_path, monkeypatch):
+    """As on a GPU with less shared memory, found out at the start and not after training; the eager form is the last resort."""
+    cfg = config(PRESET="smoke")
+    run, tiles = make_run(tmp_path, cfg), tg.RING_TILES
+    assert len(tiles) == 3
+    monkeypatch.setitem(tg.HAVE, "triton", True)
+    monkeypatch.setattr(type(run), "gpu", property(lambda self: True))
+
+    def attend(q, k, v, past, tile):
+        if tiles.index(tile) < too_large:
+            raise RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376")
+        return tg.attention_cached_eager(q, k, v, past)
+    monkeypatch.setattr(tg, "attention_cached_triton", attend)
+    run.open_log(cfg)
+    form = tg.choose_cached(cfg, run)
+    run.close()
+    told = run.path(".txt").read_text().split(tg.RULER)[-1]
+    if too_large < len(tiles):
+        assert form.keywords == {"tile": tiles[too_large]} and f"tile {tiles[too_large]}" in told
+    else:
+        assert form is tg.attention_cached_eager and "falls back to the eager form" in told and "131072" in told
+
+
+def test_a_tile_that_computes_something_else_is_passed_over(tmp_path, monkeypatch):
+    cfg = config(PRESET="smoke")
+    run = make_run(tmp_path, cfg)
+    monkeypatch.setitem(tg.HAVE, "triton", True)
+    monkeypatch.setattr(type(run), "gpu", property(lambda self: True))
+    monkeypatch.setattr(tg, "attention_cached_triton", lambda q, k, v, past, tile: tg.attention_cached_eager(q, k, 1.1 * v, past))
+    assert tg.choose_cached(cfg, run) is tg.attention_cached_eager
 
 
 def test_fused_kernels_that_cannot_run_stop_the_run(tmp_path):
