@@ -1,8 +1,10 @@
-"""JSON that does not stand one record a line: an array of records, a table inside an object, records spread over several lines.
+"""JSON that does not stand one record a line: an array of records, a table inside an object, records spread over
+several lines.
 
-Exports come in all of these forms under the names .json and .jsonl. They are read value by value, so that memory does not grow with the
-file, and become the JSON lines that the rest of data/ reads; `field` finds the text of a record.
+Exports come in all of these forms under the names .json and .jsonl. They are read value by value, so that memory does
+not grow with the file, and become the JSON lines that the rest of data/ reads; `field` finds the text of a record.
 """
+
 from __future__ import annotations
 
 import codecs
@@ -13,7 +15,16 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
 BLOCK = 1 << 20  # bytes that are read at a time
-WRAPPERS = ("data", "rows", "documents", "docs", "records", "examples", "items", "texts")  # keys under which exporters put the records
+WRAPPERS = (
+    "data",
+    "rows",
+    "documents",
+    "docs",
+    "records",
+    "examples",
+    "items",
+    "texts",
+)  # keys under which exporters put the records
 BLANK = re.compile(r"\s*")
 DECODER = json.JSONDecoder()
 TRIED = 1000  # records; where none of so many has the key, the rest of a large file is not searched for it
@@ -27,7 +38,9 @@ class JsonError(ValueError):
 # Records and their keys
 # ---------------------------------------------------------------------------------------------------------------------
 def field(record: object, key: str) -> object:
-    """What a record holds under a key; "a.b" is b inside a where there is no key of that very name. A bare string is its own text."""
+    """What a record holds under a key; "a.b" is b inside a where there is no key of that very name. A bare string is
+    its own text.
+    """
     if not isinstance(record, dict):
         return record
     if key in record or "." not in key:
@@ -46,7 +59,9 @@ def keys_of(record: dict, front: str = "") -> Iterator[tuple[str, object]]:
 
 
 class KeyCheck:
-    """Looks whether records have the key of the text, until the first one has. JsonError names the keys that they do have."""
+    """Looks whether records have the key of the text, until the first one has. JsonError names the keys that they do
+    have.
+    """
 
     def __init__(self, key: str):
         self.key, self.found, self.records, self.seen = key, False, 0, {}
@@ -78,16 +93,28 @@ class KeyCheck:
         if self.found or not self.records:
             return
         texts = [key for key, is_text in self.seen.items() if is_text]
-        wrong = "holds no text" if self.key in self.seen or any(k.startswith(self.key + ".") for k in self.seen) else "is in none"
-        advice = f"name the text's with --text-key, for example --text-key {shlex.quote(texts[0])}" if texts else "none of them holds text"
-        raise JsonError(f"the key {self.key!r} {wrong} of {self.records:,} records, whose keys are {list(self.seen)}; {advice}")
+        wrong = (
+            "holds no text"
+            if self.key in self.seen or any(k.startswith(self.key + ".") for k in self.seen)
+            else "is in none"
+        )
+        advice = (
+            f"name the text's with --text-key, for example --text-key {shlex.quote(texts[0])}"
+            if texts
+            else "none of them holds text"
+        )
+        raise JsonError(
+            f"the key {self.key!r} {wrong} of {self.records:,} records, whose keys are {list(self.seen)}; {advice}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Values, one behind the other
 # ---------------------------------------------------------------------------------------------------------------------
 class Text:
-    """The characters of a stream, read as far as they are needed. Bytes that are no UTF-8 come through unchanged (surrogateescape)."""
+    """The characters of a stream, read as far as they are needed. Bytes that are no UTF-8 come through unchanged
+    (surrogateescape).
+    """
 
     def __init__(self, head: bytes, stream: BinaryIO):
         self.stream, self.decoder = stream, codecs.getincrementaldecoder("utf-8")("surrogateescape")
@@ -98,7 +125,7 @@ class Text:
         data = self.stream.read(size)
         self.ended = not data
         self.passed += self.at
-        self.held, self.at = self.held[self.at:] + self.decoder.decode(data, not data), 0
+        self.held, self.at = self.held[self.at :] + self.decoder.decode(data, not data), 0
         return not self.ended
 
     def peek(self) -> str:
@@ -106,7 +133,7 @@ class Text:
         while True:
             self.at = BLANK.match(self.held, self.at).end()
             if self.at < len(self.held) or not self.more():
-                return self.held[self.at:self.at + 1]
+                return self.held[self.at : self.at + 1]
 
     def take(self, expected: str) -> None:
         """Passes over the next character, which is one of the expected ones."""
@@ -133,11 +160,15 @@ class Text:
 
     def error(self, why: str) -> JsonError:
         """What is wrong here."""
-        return JsonError(f"not JSON ({why}) at character {self.passed + self.at:,}: {self.held[self.at:self.at + 60]!r}")
+        return JsonError(
+            f"not JSON ({why}) at character {self.passed + self.at:,}: {self.held[self.at : self.at + 60]!r}"
+        )
 
 
 def records(text: Text, key: str) -> Iterator[object]:
-    """Records of all values of a text: elements of arrays, tables inside objects (under `key` or one of WRAPPERS), other objects."""
+    """Records of all values of a text: elements of arrays, tables inside objects (under `key` or one of WRAPPERS),
+    other objects.
+    """
     while start := text.peek():
         if start == "[":
             yield from elements(text)
@@ -180,7 +211,9 @@ def table(text: Text, key: str) -> Iterator[object]:
 
 
 def is_lines(head: bytes, ended: bool, key: str) -> bool:
-    """True if a file that begins with `head` (all of it if `ended`) holds one record a line, as far as its first line tells."""
+    """True if a file that begins with `head` (all of it if `ended`) holds one record a line, as far as its first line
+    tells.
+    """
     line, newline, rest = head.lstrip().partition(b"\n")
     if line[:1] != b"{":
         return line[:1] != b"["
@@ -188,12 +221,16 @@ def is_lines(head: bytes, ended: bool, key: str) -> bool:
         try:
             record = json.loads(line)
         except ValueError:
-            return not (newline and line.rstrip()[-1:] in b"{[,:")  # these go on in the next line; others are cut or damaged
+            return not (
+                newline and line.rstrip()[-1:] in b"{[,:"
+            )  # these go on in the next line; others are cut or damaged
         only = ended and not rest.strip()
         tables = {name for name in (key, *WRAPPERS) if isinstance(record.get(name), list)}
         return not (only and (tables or isinstance(record.get(key), dict)) and not isinstance(field(record, key), str))
     names = b"|".join(re.escape(name.encode()) for name in (key, *WRAPPERS))
-    opens = re.search(rb'"(?:%s)"\s*:\s*\[' % names, line)  # one line of over a block: a long document, or a whole table
+    opens = re.search(
+        rb'"(?:%s)"\s*:\s*\[' % names, line
+    )  # one line of over a block: a long document, or a whole table
     text = re.search(rb'"%s"\s*:\s*"' % re.escape(key.encode()), line)
     return not opens or text is not None and text.start() < opens.start()
 
@@ -220,8 +257,9 @@ def line_of(record: object) -> bytes:
 
 
 def units(stream: BinaryIO, key: str, cut: Callable[[bytes, BinaryIO], Iterator[bytes]]) -> Iterator[bytes]:
-    """JSON lines of a stream in any of these forms; `cut(head, stream)` cuts those that are lines already. JsonError if no record has
-    the key."""
+    """JSON lines of a stream in any of these forms; `cut(head, stream)` cuts those that are lines already. JsonError if
+    no record has the key.
+    """
     head = b""
     while len(head) < BLOCK and (data := stream.read(BLOCK - len(head))):
         head += data

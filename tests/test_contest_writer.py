@@ -1,8 +1,21 @@
-"""The independent writer does what the contest's format says: checked by hand-made cases, not by the readers that it is there to test."""
+"""The independent writer does what the contest's format says: checked by hand-made cases, not by the readers that it is
+there to test.
+"""
+
 import numpy as np
 import pytest
 import sentencepiece as spm
-from contest_writer import NEXT, TITLE, UPPER, caseops, pieces, sample_documents, sidecar_entries, write_caseops, write_plain
+from contest_writer import (
+    NEXT,
+    TITLE,
+    UPPER,
+    caseops,
+    pieces,
+    sample_documents,
+    sidecar_entries,
+    write_caseops,
+    write_plain,
+)
 
 DOCS = sample_documents(160, 3)
 
@@ -20,9 +33,16 @@ def cased(tmp_path_factory):
     return folder, write_caseops(folder, DOCS, val_shards=3)
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("The NATO iPhone", f"{TITLE}the {UPPER}nato i{NEXT}phone"), ("A McD", f"{TITLE}a {TITLE}mc{NEXT}d"), ("x\ue001", "x\ue004\ue001"),
-    ("ÉCOLE", f"É{UPPER}cole"), ("", "")])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("The NATO iPhone", f"{TITLE}the {UPPER}nato i{NEXT}phone"),
+        ("A McD", f"{TITLE}a {TITLE}mc{NEXT}d"),
+        ("x\ue001", "x\ue004\ue001"),
+        ("ÉCOLE", f"É{UPPER}cole"),
+        ("", ""),
+    ],
+)
 def test_caseops_spelling(text, expected):
     assert caseops(text) == expected
 
@@ -34,7 +54,8 @@ def test_sidecar_rule(cased):
         ids, surfaces = pieces(sp, text)
         assert ids == sp.encode(text)
         return sidecar_entries(surfaces)
-    assert sizes("\U0001F47D") == [0, 0, 0, 4]
+
+    assert sizes("\U0001f47d") == [0, 0, 0, 4]
     assert sum(sizes("a\u00a0cat")) == 6 and sum(sizes("two  \t spaces")) == 13 and sum(sizes("\ufb03")) == 3
     assert sizes(caseops("A"))[:2] == [0, 1] and sum(sizes("x\ue004\ue001")) == 4
 
@@ -43,7 +64,11 @@ def test_caseops_shards(cased):
     folder, said = cased
     val = np.concatenate([numbers(folder / f"fineweb_val_{i:06d}.bin") for i in range(3)])
     sizes = np.concatenate([numbers(folder / f"fineweb_val_bytes_{i:06d}.bin") for i in range(3)])
-    assert len(val) == len(sizes) == said["tokens"] and (val == 1).sum() == said["docs"] == 40 and not sizes[val == 1].any()
+    assert (
+        len(val) == len(sizes) == said["tokens"]
+        and (val == 1).sum() == said["docs"] == 40
+        and not sizes[val == 1].any()
+    )
     true = sum(len(text.encode()) for text in DOCS[:40])
     assert sizes.sum() == true == said["bytes"] == said["sidecar_bytes"] != said["normalized_bytes"]
     assert len(numbers(folder / "fineweb_train_000000.bin")) >= 60_000 and said["vocab_size"] == 600
@@ -61,7 +86,10 @@ def test_plain_shards_decode_to_their_text(tmp_path):
 
 def test_the_two_bad_tokenizers(tmp_path):
     """Their decoders give more bytes than the text has: by table and decoder alone they look right."""
-    for name, options in (("no_lone_space", {"lone_space": False}), ("suffix", {"treat_whitespace_as_suffix": True, "add_dummy_prefix": True})):
+    for name, options in (
+        ("no_lone_space", {"lone_space": False}),
+        ("suffix", {"treat_whitespace_as_suffix": True, "add_dummy_prefix": True}),
+    ):
         said = write_plain(tmp_path / name, DOCS, **options)
         sp = spm.SentencePieceProcessor(model_file=str(said["tokenizer"]))
         if name == "suffix":
@@ -76,4 +104,6 @@ def test_the_two_bad_tokenizers(tmp_path):
 def test_documents_are_the_same_every_time():
     assert sample_documents(160, 3) == DOCS != sample_documents(160, 4)
     text = "".join(DOCS)
-    assert all(sign in text for sign in ("\u00a0", "\ufb03", "  ", "\t", "\u200b", "NATO")) and all(d == d.strip() for d in DOCS)
+    assert all(sign in text for sign in ("\u00a0", "\ufb03", "  ", "\t", "\u200b", "NATO")) and all(
+        d == d.strip() for d in DOCS
+    )
