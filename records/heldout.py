@@ -4,7 +4,7 @@
     python records/heldout.py --data data/datasets/SECOND --against data/datasets/fineweb10B_sp8192
     python records/heldout.py --run out/RUN_ID.heldout.jsonl --data data/datasets/SECOND --against ...
 
-The second gives no score; the third takes that of a finished evaluation (--out keeps one, perhaps from another machine).
+The second gives no score; the third takes that of a finished evaluation, which --out keeps (of another machine, say).
 The score is that of MODE=eval with the artifact's own program (train_gpt.py or RUN_ID.packed.py beside it, else the
 checkout's) on the validation shards of --data, which the artifact's tokenizer must have made (data/prepare.py
 --tokenizer MODEL).
@@ -21,10 +21,11 @@ also given without them; where the two differ, the table says by how much memory
 text of one crawl overlap too, so the original validation set is measured against the same training text: overlap of
 that size is normal, and only more than that is news.
 
-What they do not mean. No overlap is not new content: a translation or a paraphrase shares no window. Overlap is not copying either: licences, navigation and scores of matches
-repeat everywhere. Training shards that are not at hand are not searched. Windows of a byte or character tokenizer are a
-word or two (--window takes more). The interval is over documents of this slice, for one artifact; it knows nothing of
-other seeds, and two slices of different text differ for reasons that have nothing to do with memory.
+What they do not mean. No overlap is not new content: a translation or a paraphrase shares no window. Overlap is not
+copying either: licences, navigation and scores of matches repeat everywhere. Training shards that are not at hand are
+not searched. Windows of a byte or character tokenizer are a word or two (--window takes more). The interval is over
+documents of this slice, for one artifact; it knows nothing of other seeds, and two slices of different text differ for
+reasons that have nothing to do with memory.
 """
 
 import argparse

@@ -31,7 +31,8 @@ TRAIN_TOKENS = 60_000  # a training shard holds so many at least: enough for som
 
 COMMON = (
     "the of and a to in is you that it he was for on are as with his they at be this have from or one had by word but "
-    "not what all were we when your can said there use an each which she do how their if will up other about out many then"
+    "not what all were we when your can said there use an each which she do how their if will up other about out many "
+    "then"
 ).split()
 SYLLABLES = (
     "al an ar ca con da de en er es fi ga ha in is ka la le lo ma men mi na ne "
