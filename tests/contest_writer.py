@@ -183,10 +183,11 @@ def write_shard(path: Path, numbers: list[int] | np.ndarray) -> None:
 
 
 def write_split(folder: Path, split: str, numbers: list[int], shards: int = 1) -> None:
-    """A split, cut into shards of one length but for the last; documents may cross a border, as in the contest's."""
-    size = -(-len(numbers) // shards)
+    """A split, cut into shards of about one length; documents may cross a border, as in the contest's."""
+    assert len(numbers) >= shards
     for i in range(shards):
-        write_shard(folder / f"fineweb_{split}_{i:06d}.bin", numbers[i * size : (i + 1) * size])
+        part = numbers[i * len(numbers) // shards : (i + 1) * len(numbers) // shards]
+        write_shard(folder / f"fineweb_{split}_{i:06d}.bin", part)
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, lone_space: bool = True, **options) -> bytes:

@@ -76,8 +76,9 @@ def test_shares_are_those_of_the_definition(tmp_path_factory, data):
     )
     window, before = data.draw(st.integers(1, 4)), heldout.BLOCK
     heldout.BLOCK = data.draw(st.integers(4, 30))
+    shards = data.draw(st.integers(1, min(3, sum(map(len, others)))))
     try:
-        share = shares(held, others, tmp_path_factory.mktemp("x"), data.draw(st.integers(1, 2)), window)
+        share = shares(held, others, tmp_path_factory.mktemp("x"), shards, window)
     finally:
         heldout.BLOCK = before
     np.testing.assert_allclose(share, [plain_share(doc, others, window) for doc in held])
