@@ -227,12 +227,24 @@ def parquet_units(file: BinaryIO, text_key: str, path: Path) -> Iterator[list[by
         raise SourceError("parquet needs pyarrow; pip install -r data/requirements.txt") from None
     try:
         table = pyarrow.parquet.ParquetFile(file)
-        if text_key not in table.schema_arrow.names:
-            raise SourceError(f"source {path}: no column {text_key!r}, only {table.schema_arrow.names}; see --text-key")
+        check_column(table.schema_arrow, text_key, path)
         for batch in table.iter_batches(batch_size=256, columns=[text_key]):
             yield batch.column(0).cast(pyarrow.large_binary()).to_pylist()
     except pyarrow.ArrowException as error:
         raise SourceError(f"source {path} is damaged: {error}") from error
+
+
+def check_column(schema, text_key: str, path: Path) -> None:
+    """SourceError if a parquet file has no such column, or one that holds no text; it names those that do."""
+    import pyarrow
+    plain = {column.name: getattr(column.type, "value_type", column.type) for column in schema}  # of a dictionary, what it holds
+    usual = {pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary(), pyarrow.string_view()}
+    texts = [name for name, kind in plain.items() if kind in usual and not pyarrow.types.is_nested(schema.field(name).type)]
+    if text_key not in plain:
+        raise SourceError(f"source {path}: no column {text_key!r}, only {schema.names}; text is in {texts}, see --text-key")
+    if text_key not in texts and not pyarrow.types.is_null(plain[text_key]):
+        raise SourceError(f"source {path}: column {text_key!r} holds {schema.field(text_key).type}, not text, which is in {texts}; "
+                          "see --text-key")
 
 
 def text_units(stream: BinaryIO, separator: bytes) -> Iterator[list[bytes]]:

@@ -847,6 +847,20 @@ def test_a_key_that_no_record_has_is_answered_with_the_keys_that_are_there(tmp_p
         build(tmp_path / "data", tmp_path / name, text_key=key, val_docs=1, tokenizer=save(tmp_path) if tokenizer else None)
 
 
+@pytest.mark.parametrize("key, message", [
+    ("text", r"no column 'text', only \['id', 'content', 'words', 'kind'\]; text is in \['content', 'kind'\], see --text-key"),
+    ("id", r"column 'id' holds int64, not text, which is in \['content', 'kind'\]"), ("words", "column 'words' holds list<.*>, not text")])
+def test_a_column_without_text_is_answered_with_those_that_have_some(tmp_path, key, message):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    texts = pyarrow.array(TEXTS[:9])
+    columns = {"id": range(9), "content": texts, "words": [["a"]] * 9, "kind": texts.dictionary_encode()}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "docs.parquet")
+    with pytest.raises(sources.SourceError, match=message):
+        build(tmp_path / "data", tmp_path / "docs.parquet", text_key=key, val_docs=1)
+    assert read_all(tmp_path / "docs.parquet", "content") == read_all(tmp_path / "docs.parquet", "kind") == TEXTS[:9]
+
+
 @pytest.mark.parametrize("content, more, message", [
     ("", {}, "there is no text to train it on"), ('{"text": " "}\n' * 99, {}, "there is no text to train it on"),
     ('{"text": "word"}\n' * 99, dict(val_docs=99), "no text to train it on behind the first 99 documents, which are validation .--val-docs"),
