@@ -4,11 +4,12 @@
     python data/cached_challenge_fineweb.py --variant sp1024 [--train-shards 80] [--with-docs] [--repo OWNER/NAME]
     python data/cached_challenge_fineweb.py --verify
 
-Files come from a Hugging Face data set (MATCHED_FINEWEB_REPO_ID and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX name another one).
-Each is checked by size, header and the hash that the hub publishes before it gets its final name, so what lies there under that
-name is whole. What is whole is not fetched again; what was cut off goes on where it ended. data/manifest.json keeps size, sha256
-and revision of every file, so that --verify can check them without a network.
+Files come from a Hugging Face data set (MATCHED_FINEWEB_REPO_ID and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX name another
+one). Each is checked by size, header and the hash that the hub publishes before it gets its final name, so what lies
+there under that name is whole. What is whole is not fetched again; what was cut off goes on where it ended.
+data/manifest.json keeps size, sha256 and revision of every file, so that --verify can check them without a network.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -36,7 +37,8 @@ SPARE_BYTES = 100 << 20  # that a download leaves free on the disk
 
 
 class Remote(NamedTuple):
-    """A file of a data set: its name there, size in bytes, and hash (sha256, or the git blob's sha1 of a small file)."""
+    """A file of a data set: its name there, size in bytes, and hash (sha256, or a small file's git blob sha1)."""
+
     name: str
     size: int
     sha256: str
@@ -62,12 +64,16 @@ def passes(error: Exception) -> bool:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is not None:
         return status in (408, 429, 500, 502, 503, 504)
-    library = type(error).__module__.startswith(("http", "requests", "urllib3"))  # of several versions of the hub library
+    library = type(error).__module__.startswith(
+        ("http", "requests", "urllib3")
+    )  # of several versions of the hub library
     return library or (isinstance(error, OSError) and error.errno is None)  # a number would be the disk's
 
 
 def patiently(what: str, action, *args):
-    """`action(*args)`, again after 1, 2, 4 and 8 s (or when the hub says) where the error may pass; SystemExit when it does not."""
+    """`action(*args)`, again after 1, 2, 4 and 8 s (or when the hub says) where the error may pass; SystemExit when it
+    does not.
+    """
     for wait in (1, 2, 4, 8, None):
         try:
             return action(*args)
@@ -75,7 +81,9 @@ def patiently(what: str, action, *args):
             if isinstance(error, Stopped) or (isinstance(error, OSError) and error.errno):
                 raise
             if wait is None or not passes(error):
-                raise SystemExit(f"{what}: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}") from None
+                raise SystemExit(
+                    f"{what}: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}"
+                ) from None
             headers = getattr(getattr(error, "response", None), "headers", {})
             time.sleep(float(headers.get("Retry-After", wait)))
 
@@ -116,12 +124,16 @@ def wanted_files(names: list[str], variant: str, train_shards: int, docs: bool =
 
 
 def tokenizers(names: list[str], variant: str) -> list[str]:
-    """The tokenizer's files: by the variant's vocabulary size, and by what follows it (sp8192_NAME) where a file has that too."""
+    """The tokenizer's files: by the variant's vocabulary size, and by what follows it (sp8192_NAME) where a file has
+    that too.
+    """
     parts = re.match(r"\D*(\d+)_?(.*)", variant)
     if not parts:
         return []
     size, suffix = parts.groups()
-    fits = [n for n in names if re.search(rf"(^|/)[^/]*_{size}(_[^/]*)?\.(model|vocab|json)$", n) and "manifest" not in n]
+    fits = [
+        n for n in names if re.search(rf"(^|/)[^/]*_{size}(_[^/]*)?\.(model|vocab|json)$", n) and "manifest" not in n
+    ]
     end = re.compile(rf"{re.escape(suffix)}$" if suffix else rf"_{size}(_bpe)?$")
     exact = [n for n in fits if end.search(Path(n).stem)]
     return exact or fits
@@ -150,8 +162,10 @@ def check_space(folder: Path, sizes: dict[Path, int]) -> None:
     missing = sum(size - (partial(p).stat().st_size if partial(p).is_file() else 0) for p, size in sizes.items())
     free = shutil.disk_usage(folder).free
     if missing and missing + SPARE_BYTES > free:
-        raise SystemExit(f"{folder}: {missing / 1e9:.2f} GB are to be fetched, {free / 1e9:.2f} GB are free; --train-shards takes "
-                         "fewer shards, --data-dir another disk")
+        raise SystemExit(
+            f"{folder}: {missing / 1e9:.2f} GB are to be fetched, {free / 1e9:.2f} GB are free; --train-shards takes "
+            "fewer shards, --data-dir another disk"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,6 +196,7 @@ class Counting:
 def only_one(data_dir: Path) -> Iterator[None]:
     """The data folder, for one download at a time; a second one waits."""
     import fcntl
+
     data_dir.mkdir(parents=True, exist_ok=True)
     with open(data_dir / ".download.lock", "w") as file:
         try:
@@ -193,12 +208,15 @@ def only_one(data_dir: Path) -> Iterator[None]:
 
 
 def fetch(repo: str, commit: str, remote: Remote, place: Path, bar, stop: threading.Event) -> dict:
-    """One file to its place, and its manifest entry. OSError or SystemExit say what went wrong; a damaged file never gets the
-    final name, and is fetched anew once."""
+    """One file to its place, and its manifest entry. OSError or SystemExit say what went wrong; a damaged file never
+    gets the final name, and is fetched anew once.
+    """
     place.parent.mkdir(parents=True, exist_ok=True)
     for last in (False, True):
         patiently(f"{remote.name} of {repo}", grow, repo, commit, remote, partial(place), bar, stop)
-        problem = hash_problem(partial(place), remote) or (shard_problem(partial(place)) if place.suffix == ".bin" else "")
+        problem = hash_problem(partial(place), remote) or (
+            shard_problem(partial(place)) if place.suffix == ".bin" else ""
+        )
         if not problem:
             break
         partial(place).unlink()
@@ -211,8 +229,14 @@ def fetch(repo: str, commit: str, remote: Remote, place: Path, bar, stop: thread
 
 def entry_of(repo: str, commit: str, remote: Remote, place: Path) -> dict:
     """What the manifest says of a file that is whole."""
-    return {"repo": repo, "revision": commit, "remote": remote.name, "file_bytes": remote.size,
-            "sha256": remote.sha256 or sha256_file(place), "blob": remote.blob}
+    return {
+        "repo": repo,
+        "revision": commit,
+        "remote": remote.name,
+        "file_bytes": remote.size,
+        "sha256": remote.sha256 or sha256_file(place),
+        "blob": remote.blob,
+    }
 
 
 def grow(repo: str, commit: str, remote: Remote, path: Path, bar, stop: threading.Event) -> None:
@@ -221,7 +245,10 @@ def grow(repo: str, commit: str, remote: Remote, path: Path, bar, stop: threadin
     The hub library's own download begins anew after a kill; its transfer of one file can go on from any byte.
     """
     from huggingface_hub.file_download import http_get
-    url = hub().hf_hub_url(repo, remote.name, repo_type="dataset", revision=commit, endpoint=os.environ.get("HF_ENDPOINT"))
+
+    url = hub().hf_hub_url(
+        repo, remote.name, repo_type="dataset", revision=commit, endpoint=os.environ.get("HF_ENDPOINT")
+    )
     with open(path, "ab") as file:
         at = file.tell()
         if at > remote.size:  # of another revision
@@ -235,13 +262,19 @@ def grow(repo: str, commit: str, remote: Remote, path: Path, bar, stop: threadin
 def fetch_all(repo: str, commit: str, wanted: dict[Path, Remote], data_dir: Path, workers: int) -> list[str]:
     """Fetches files side by side and enters each into the manifest as it comes; the failures."""
     from tqdm import tqdm
+
     hub().utils.disable_progress_bars()  # one bar for everything instead of one a file
     stop, failures = threading.Event(), []
     begun = sum(partial(p).stat().st_size for p in wanted if partial(p).is_file())
     total = sum(remote.size for remote in wanted.values())
-    with tqdm(total=total, initial=begun, unit="B", unit_scale=True, desc="fetch", mininterval=0.5) as bar, \
-            ThreadPoolExecutor(workers) as pool:
-        jobs = {pool.submit(fetch, repo, commit, remote, place, bar, stop): (place, remote) for place, remote in wanted.items()}
+    with (
+        tqdm(total=total, initial=begun, unit="B", unit_scale=True, desc="fetch", mininterval=0.5) as bar,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        jobs = {
+            pool.submit(fetch, repo, commit, remote, place, bar, stop): (place, remote)
+            for place, remote in wanted.items()
+        }
         try:
             for job in as_completed(jobs):
                 place, remote = jobs[job]
@@ -271,7 +304,9 @@ def explain(error: BaseException, remote: Remote, place: Path) -> str:
 # Manifest
 # ---------------------------------------------------------------------------------------------------------------------
 def known(data_dir: Path) -> dict:
-    """What data/manifest.json says; {} where there is none, or one that another tool wrote: the contest's has the same name."""
+    """What data/manifest.json says; {} where there is none, or one that another tool wrote: the contest's has the same
+    name.
+    """
     manifest = read_json(data_dir / "manifest.json") or {}
     return manifest if all(isinstance(manifest.get(key), dict) for key in ("files", "upstream")) else {}
 
@@ -298,6 +333,7 @@ def refresh_upstream(repo: str, commit: str, files: list[Remote], data_dir: Path
         if remote.name in {f"{PREFIX}/manifest.json", "manifest.json"}:
             place = data_dir / ".upstream_manifest.json"
             from tqdm import tqdm
+
             fetch(repo, commit, remote, place, tqdm(disable=True), threading.Event())
             record(data_dir, {}, {repo: {"revision": commit, "manifest": read_json(place)}})
             place.unlink()
@@ -305,13 +341,16 @@ def refresh_upstream(repo: str, commit: str, files: list[Remote], data_dir: Path
 
 
 def verify(data_dir: Path) -> int:
-    """Every file of the manifest by size, header and sha256, without a network; prints the problems and returns their number.
+    """Every file of the manifest by size, header and sha256, without a network; prints the problems and returns their
+    number.
 
     The manifest remembers what was damaged, so that the next download looks at its content and not only at its size.
     """
     files = known(data_dir).get("files")
     if not files:
-        raise SystemExit(f"{data_dir / 'manifest.json'} knows no files that this script fetched; run it without --verify first")
+        raise SystemExit(
+            f"{data_dir / 'manifest.json'} knows no files that this script fetched; run it without --verify first"
+        )
     found = {place: entry_problem(entry | {"path": place}, data_dir) for place, entry in sorted(files.items())}
     problems = {place: problem for place, problem in found.items() if problem}
     for problem in problems.values():
@@ -328,10 +367,14 @@ def verify(data_dir: Path) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--variant", default="sp1024", help="sp1024, sp8192, byte260, ...: folder fineweb10B_VARIANT of the data set")
+    p.add_argument(
+        "--variant", default="sp1024", help="sp1024, sp8192, byte260, ...: folder fineweb10B_VARIANT of the data set"
+    )
     p.add_argument("--train-shards", type=int, default=80, help="first training shards, 100M tokens each")
     p.add_argument("--skip-manifest", action="store_true", help="do not fetch the publisher's manifest.json")
-    p.add_argument("--with-docs", action="store_true", help="also docs_selected.jsonl, to make other shards from (48 GB)")
+    p.add_argument(
+        "--with-docs", action="store_true", help="also docs_selected.jsonl, to make other shards from (48 GB)"
+    )
     p.add_argument("--repo", default=REPO, help="data set, OWNER/NAME")
     p.add_argument("--revision", default="main", help="commit, branch or tag of the data set")
     p.add_argument("--data-dir", type=Path, default=Path("data"))
@@ -349,13 +392,17 @@ def fetch_missing(args: argparse.Namespace, commit: str, wanted: dict[Path, Remo
     check_space(args.data_dir, {place: remote.size for place, remote in missing.items()})
     record(args.data_dir, {names[p]: entry_of(args.repo, commit, wanted[p], p) for p in there})
     size = sum(remote.size for remote in missing.values())
-    print(f"{args.repo} at {commit[:12]}: {len(there)} files are there, {len(missing)} to fetch ({size:,} bytes)", flush=True)
+    print(
+        f"{args.repo} at {commit[:12]}: {len(there)} files are there, {len(missing)} to fetch ({size:,} bytes)",
+        flush=True,
+    )
     return fetch_all(args.repo, commit, missing, args.data_dir, args.workers) if missing else []
 
 
 def warn_of_operators(data_dir: Path, places: Iterable[str]) -> None:
     """Says so where CaseOps shards were published without the byte sidecars that their scores need."""
     from vocabulary import check_operators
+
     folders = {data_dir / Path(place).parent for place in places if "_val_" in place}
     for model in (data_dir / place for place in places if place.endswith(".model")):
         try:
@@ -377,8 +424,10 @@ def main(argv: list[str] | None = None) -> int:
     places = wanted_files(list(by_name), args.variant, args.train_shards, args.with_docs)
     if not any("_val_" in name for name in places):
         found = sorted({m[1] for n in by_name if (m := re.search(r"fineweb10B_([^/]+)/", n))})
-        raise SystemExit(f"{args.repo} holds no fineweb10B_{args.variant} below {PREFIX}, only {found}; "
-                         "--repo names another data set")
+        raise SystemExit(
+            f"{args.repo} holds no fineweb10B_{args.variant} below {PREFIX}, only {found}; "
+            "--repo names another data set"
+        )
     with only_one(args.data_dir):
         keep_foreign(args.data_dir)
         if not args.skip_manifest:
@@ -389,7 +438,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"note: {args.repo} has {trains} training shards of {args.variant}, {args.train_shards} were asked for")
     warn_of_operators(args.data_dir, places.values())
     if failures:
-        raise SystemExit("\n".join([*failures, f"{len(failures)} files are missing; run this again, it goes on where it was"]))
+        raise SystemExit(
+            "\n".join([*failures, f"{len(failures)} files are missing; run this again, it goes on where it was"])
+        )
     print(f"{len(places)} files are whole: {args.data_dir / 'datasets' / f'fineweb10B_{args.variant}'}")
     return 0
 

@@ -363,14 +363,18 @@ def read_finished(paths: Paths, settings: dict) -> dict | None:
 def units(documents: list[Document], first: int) -> Iterator[Unit]:
     """The documents' texts in units of a hundred, numbered from `first`."""
     for at in range(0, len(documents), 100):
-        yield Unit(first + at, [document.text.encode() for document in documents[at:at + 100]])
+        yield Unit(first + at, [document.text.encode() for document in documents[at : at + 100]])
 
 
 def write_shards(paths: Paths, work: Path, model: bytes, train: list[Document], val: list[Document]) -> dict:
-    """Shards in `work`; what the manifest says of them. Each split is one shard, so its entry names the file itself, too."""
+    """Shards in `work`; what the manifest says of them. Each split is one shard, so its entry names the file itself,
+    too.
+    """
     job = prepare.Job(paths.train.parent.name, val_docs=len(val), shard_tokens=2**31 - 1)
     build = prepare.Build(work, job, vocabulary.Coder(model).table)
-    prepare.run_build(build, prepare.coded_units([*units(val, 0), *units(train, len(val))], model, job, texts, workers=1))
+    prepare.run_build(
+        build, prepare.coded_units([*units(val, 0), *units(train, len(val))], model, job, texts, workers=1)
+    )
     parts = build.finish()
     for split, documents in (("train", train), ("val", val)):
         shard = parts[split]["shards"][0]
@@ -398,7 +402,11 @@ def build_anew(paths: Paths, settings: dict, root: Path, log: Callable[[str], ob
         work = Path(folder)
         parts = write_shards(paths, work, model, train, val)
         (work / "tokenizer.model").write_bytes(model)
-        tokenizer = {"path": paths.tokenizer.relative_to(paths.root).as_posix(), "file_bytes": len(model), "sha256": sha256(model)}
+        tokenizer = {
+            "path": paths.tokenizer.relative_to(paths.root).as_posix(),
+            "file_bytes": len(model),
+            "sha256": sha256(model),
+        }
         manifest = {
             "name": paths.train.parent.name,
             "source": "sources, docstrings, help() topics and text files of the Python standard library (PSF licence)",

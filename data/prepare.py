@@ -1,15 +1,18 @@
-"""Documents to shards: any jsonl, parquet, text or finished shards, any SentencePiece vocabulary, any transform of the registry.
+"""Documents to shards: any jsonl, parquet, text or finished shards, any SentencePiece vocabulary, any transform of the
+registry.
 
     python data/prepare.py docs.jsonl.xz --name mine --vocab-size 8192 --val-docs 2000
     python data/prepare.py data/docs_selected.jsonl --name fineweb10B_sp4096 --vocab-size 4096
     python data/prepare.py docs.parquet --name caps --transform caseops --pairs --val-docs 2000
-    python data/prepare.py data/datasets/fineweb10B_sp8192 --source-tokenizer data/tokenizers/fineweb_8192_bpe.model --name anew
+    python data/prepare.py data/datasets/local_sp1024 --source-tokenizer data/tokenizers/local_1024_bpe.model
     python data/prepare.py --verify data/datasets/mine
 
 writes data/datasets/NAME/fineweb_{train,val}_%06d.bin, data/tokenizers/NAME.model and, last of all, data/datasets/NAME/
-manifest.json, whose presence means that the rest is complete. The first --val-docs documents are validation; no document is on
-both sides. Same bytes for any number of workers, and for a run that was killed and started again: it goes on where it was.
+manifest.json, whose presence means that the rest is complete. The first --val-docs documents are validation; no
+document is on both sides. Same bytes for any number of workers, and for a run that was killed and started again: it
+goes on where it was.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -33,14 +36,33 @@ import sentencepiece as spm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # also when this file is loaded by its path
 import vocabulary
-from shards import (BOS, CHUNK, HEADER_BYTES, ShardError, document_key, documents, entry_problem, file_entry, header, read_json,
-                    read_manifest, read_shard, sha256, shard_problem, split_paths, write_atomic, write_json)
+from shards import (
+    BOS,
+    CHUNK,
+    HEADER_BYTES,
+    ShardError,
+    document_key,
+    documents,
+    entry_problem,
+    file_entry,
+    header,
+    read_json,
+    read_manifest,
+    read_shard,
+    sha256,
+    shard_problem,
+    split_paths,
+    write_atomic,
+    write_json,
+)
 from sources import Denominator, Reader, Source, SourceError, Unit, open_source
 from transforms import REGISTRY
 from vocabulary import ByteTable, Coder
 
 REVISION = 1  # raise it when the same source and settings would give other shards
-CHALLENGE_VAL_DOCS = 50_000  # the contest scores the first 50,000 documents, all of them (issue #2127: 10,000 leaked the rest)
+CHALLENGE_VAL_DOCS = (
+    50_000  # the contest scores the first 50,000 documents, all of them (issue #2127: 10,000 leaked the rest)
+)
 STATE_SECONDS = 5.0  # at most so much work is lost to a kill
 IN_FLIGHT = 64 << 20  # bytes of text between reader and writer
 CHECK_EVERY = 64  # documents; one of so many is tokenized by SentencePiece itself as well
@@ -54,6 +76,7 @@ class PrepareError(RuntimeError):
 
 class Job(NamedTuple):
     """What decides the bytes of the shards, apart from the documents themselves."""
+
     name: str
     vocab_size: int = 8192
     tokenizer: str = ""  # sha256 of a given model; empty: one is trained
@@ -69,8 +92,11 @@ class Job(NamedTuple):
 
 
 class Coded(NamedTuple):
-    """A coded unit: tokens [N] uint16 of its documents one behind the other, token counts [D] and keys of the D documents that have
-    text, source_bytes: UTF-8 bytes before normalisation, odd: documents that were mended, by reason."""
+    """A coded unit: tokens [N] uint16 of its documents one behind the other, token counts [D] and keys of the D
+    documents that have text, source_bytes: UTF-8 bytes before normalisation, odd: documents that were mended, by
+    reason.
+    """
+
     tokens: np.ndarray
     lengths: np.ndarray
     keys: bytes
@@ -79,7 +105,7 @@ class Coded(NamedTuple):
 
     def without(self, known: set[bytes]) -> Coded:
         """The same less the documents whose keys are known; `odd` says how many."""
-        keys = [self.keys[i:i + KEY_BYTES] for i in range(0, len(self.keys), KEY_BYTES)]
+        keys = [self.keys[i : i + KEY_BYTES] for i in range(0, len(self.keys), KEY_BYTES)]
         keep = np.array([key not in known for key in keys], bool)
         if keep.all():
             return self
@@ -106,7 +132,9 @@ def code_unit(coder: Coder, unit: Unit, read: Reader) -> Coded:
             odd["without text, left out"] += 1
             continue
         if number % CHECK_EVERY == 0 and not coder.agrees(text, tokens):
-            raise SourceError(f"document {number}: word by word it has other tokens than as a whole; please report its text")
+            raise SourceError(
+                f"document {number}: word by word it has other tokens than as a whole; please report its text"
+            )
         coded.append(tokens)
         keys.append(document_key(tokens))
     lengths = np.array([len(t) for t in coded], np.int64)
@@ -121,6 +149,7 @@ def start_worker(model: bytes, transform: str, pairs: bool, read: Reader) -> Non
     """Makes this process a worker that ends when its parent does, even if the parent was killed."""
     import threading
     from multiprocessing import connection, parent_process
+
     parent = parent_process().sentinel
     threading.Thread(target=lambda: (connection.wait([parent]), os._exit(1)), daemon=True).start()
     WORKER[:] = Coder(model, transform, pairs), read
@@ -131,20 +160,25 @@ def work(unit: Unit) -> Coded:
     return code_unit(WORKER[0], unit, WORKER[1])
 
 
-def coded_units(units: Iterable[Unit], model: bytes, job: Job, read: Reader, workers: int) -> Iterator[tuple[Unit, Coded]]:
+def coded_units(
+    units: Iterable[Unit], model: bytes, job: Job, read: Reader, workers: int
+) -> Iterator[tuple[Unit, Coded]]:
     """Units with their tokens, in order; coded by other processes where workers > 1."""
     if workers == 1:
         coder = Coder(model, job.transform, job.pairs)
         yield from ((unit, code_unit(coder, unit, read)) for unit in units)
         return
     from multiprocessing import get_context
+
     setup = (model, job.transform, job.pairs, read)
     with ProcessPoolExecutor(workers, get_context("spawn"), start_worker, setup) as pool:
         try:
             yield from in_order(pool, units, 2 * workers + 1)
         except BrokenProcessPool:
-            raise PrepareError("a worker process died, perhaps for want of memory; start this again, it goes on where it "
-                               "was (--workers N takes fewer)") from None
+            raise PrepareError(
+                "a worker process died, perhaps for want of memory; start this again, it goes on where it "
+                "was (--workers N takes fewer)"
+            ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -160,7 +194,9 @@ def in_order(pool: ProcessPoolExecutor, units: Iterable[Unit], most: int) -> Ite
             flying -= weight
             yield done, future.result()
         flying += size
-        waiting.append((Unit(unit.first, [None] * unit.count), size, pool.submit(work, unit)))  # its text is not held twice
+        waiting.append(
+            (Unit(unit.first, [None] * unit.count), size, pool.submit(work, unit))
+        )  # its text is not held twice
     while waiting:
         done, _, future = waiting.popleft()
         yield done, future.result()
@@ -192,7 +228,7 @@ class ShardWriter:
         """Tokens [N] of whole documents; these may cross the border between two shards, as in the contest's."""
         at = 0
         while at < len(tokens):
-            part = tokens[at:at + min(CHUNK, self.limit - self.now["tokens"])]
+            part = tokens[at : at + min(CHUNK, self.limit - self.now["tokens"])]
             sizes = self.table.sizes(part, int(tokens[at - 1]) if at else BOS)
             for path, values in zip(self.parts(), (part, sizes)):
                 with open(path, "ab") as file:
@@ -264,8 +300,9 @@ class Totals:
         return {"source_bytes": self.source_bytes, "lengths": self.lengths}
 
     def entry(self, shards: list[dict]) -> dict:
-        """`bytes`: UTF-8 bytes of the text that the tokens stand for, the denominator of bits per byte; `source_bytes`: those
-        before the tokenizer folded white space."""
+        """`bytes`: UTF-8 bytes of the text that the tokens stand for, the denominator of bits per byte; `source_bytes`:
+        those before the tokenizer folded white space.
+        """
         lengths = np.repeat(*(np.array(column, np.int64) for column in zip(*sorted(self.lengths.items()))))
         median, p90 = np.percentile(lengths, [50, 90]).astype(int).tolist()
         totals = {key: sum(shard[key] for shard in shards) for key in ("documents", "tokens", "bytes")}
@@ -279,7 +316,9 @@ class Build:
     `told`: what validation was divided by before, where its documents come from shards.
     """
 
-    def __init__(self, folder: Path, job: Job, table: ByteTable, state: dict | None = None, told: Denominator | None = None):
+    def __init__(
+        self, folder: Path, job: Job, table: ByteTable, state: dict | None = None, told: Denominator | None = None
+    ):
         self.folder, self.job, self.told = folder, job, told
         sidecar = job.sidecar or bool(REGISTRY[job.transform].operators)
         self.writers = {s: ShardWriter(folder, s, job.shard_tokens, sidecar and s == "val", table) for s in SPLITS}
@@ -320,8 +359,10 @@ class Build:
         """PrepareError if bits per byte would be divided by another number than those of the source's shards."""
         got = sum(shard["bytes"] for shard in self.writers["val"].done)
         if self.told and got != self.told.now:
-            raise PrepareError(f"val has {got:,} bytes, but the source's tokens stand for {self.told.now:,}: scores could not be "
-                               "compared. Tokenizer or transform change the text (folded white space, lost letters); choose others")
+            raise PrepareError(
+                f"val has {got:,} bytes, but the source's tokens stand for {self.told.now:,}: scores could not be "
+                "compared. Tokenizer or transform change the text (folded white space, lost letters); choose others"
+            )
 
     def finish(self) -> dict:
         """Closes the last shards; the manifest's part about documents. PrepareError if a split is empty."""
@@ -329,8 +370,10 @@ class Build:
         self.writers["train"].close()
         for split, writer in self.writers.items():
             if not writer.done:
-                raise PrepareError(f"no {split} documents: the source has {self.documents}, the first --val-docs "
-                                   f"{self.job.val_docs} are validation, and {dict(self.odd)} have no tokens")
+                raise PrepareError(
+                    f"no {split} documents: the source has {self.documents}, the first --val-docs "
+                    f"{self.job.val_docs} are validation, and {dict(self.odd)} have no tokens"
+                )
         dropped = self.odd["of train equal to one of validation, dropped"]
         entries = {split: self.totals[split].entry(self.writers[split].done) for split in SPLITS[::-1]}
         proof = {"by": "blake2b-128 of each document's tokens", "val_keys": len(self.known()), "train_dropped": dropped}
@@ -343,6 +386,7 @@ class Build:
 # ---------------------------------------------------------------------------------------------------------------------
 class Places(NamedTuple):
     """Where a data set and its tokenizer lie, and the hidden folder in which they are made."""
+
     root: Path
     shards: Path
     tokenizer: Path
@@ -388,12 +432,13 @@ def model_of(job: Job, source: Source, work: Path, given: Path | None, log: Call
         behind = "" if used[0] else f" behind the first {job.val_docs:,} documents, which are validation (--val-docs)"
         raise PrepareError(f"tokenizer: {error}{behind}") from error
     write_atomic(place, model)
-    log(f"prepare: trained the {job.vocab_size}-piece tokenizer on {used[0]:,} bytes in {time.perf_counter() - started:.1f}s")
+    seconds = time.perf_counter() - started
+    log(f"prepare: trained the {job.vocab_size}-piece tokenizer on {used[0]:,} bytes in {seconds:.1f}s")
     return model
 
 
 def training_texts(source: Source, job: Job, used: list[int]) -> Iterator[str]:
-    """Texts behind the validation documents until `used` reaches tokenizer_bytes: validation decides nothing (rule D5)."""
+    """Texts behind validation until `used` reaches tokenizer_bytes: validation documents decide nothing (rule D5)."""
     for unit in cut_units(source.units(), [job.val_docs]):
         for text in source.reader(unit, Counter()) if unit.first >= job.val_docs else ():
             if used[0] >= job.tokenizer_bytes:
@@ -407,10 +452,14 @@ def find_border(source: Source, job: Job) -> int:
     natural = CHALLENGE_VAL_DOCS if source.val_docs is None else source.val_docs
     asked = natural if job.val_docs is None else job.val_docs
     if source.val_docs is not None and asked != natural:
-        raise PrepareError(f"--val-docs {asked}: the source's validation shards hold {natural:,} documents; leave the option out")
+        raise PrepareError(
+            f"--val-docs {asked}: the source's validation shards hold {natural:,} documents; leave the option out"
+        )
     if source.is_challenge and asked != CHALLENGE_VAL_DOCS:
-        raise PrepareError(f"--val-docs {asked}: these are the challenge's documents, whose first {CHALLENGE_VAL_DOCS:,} "
-                           "are validation; with fewer the rest of them would be trained on")
+        raise PrepareError(
+            f"--val-docs {asked}: these are the challenge's documents, whose first {CHALLENGE_VAL_DOCS:,} "
+            "are validation; with fewer the rest of them would be trained on"
+        )
     return asked
 
 
@@ -426,15 +475,20 @@ def check_published(source: Source, count: int) -> None:
     """PrepareError if the documents are not those that their published manifest describes."""
     for file in source.files:
         said = read_json(file.parent / "docs_selected.source_manifest.json") or {}
-        if file.name.startswith("docs_selected") and (said.get("docs_sha256", source.sha256[file.name]) != source.sha256[file.name]
-                                                      or said.get("num_docs", count) != count):
-            raise PrepareError(f"{file} is not what docs_selected.source_manifest.json beside it describes: fetch both again")
+        if file.name.startswith("docs_selected") and (
+            said.get("docs_sha256", source.sha256[file.name]) != source.sha256[file.name]
+            or said.get("num_docs", count) != count
+        ):
+            raise PrepareError(
+                f"{file} is not what docs_selected.source_manifest.json beside it describes: fetch both again"
+            )
 
 
 @contextlib.contextmanager
 def only_one(work: Path) -> Iterator[None]:
     """The work folder, for this process alone. PrepareError if another one has it."""
     import fcntl
+
     with open(work / "lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -476,10 +530,14 @@ def progress(source: Source, log: Callable):
         log("prepare: no progress bar; pip install -r data/requirements.txt")
         return contextlib.nullcontext(None)
     total = sum(entry["file_bytes"] for entry in source.entries)
-    return tqdm(total=total, unit="B", unit_scale=True, desc="prepare", disable=None if log is print else True, mininterval=0.5)
+    return tqdm(
+        total=total, unit="B", unit_scale=True, desc="prepare", disable=None if log is print else True, mininterval=0.5
+    )
 
 
-def make_shards(places: Places, job: Job, source: Source, model: bytes, coder: Coder, workers: int, log: Callable) -> dict:
+def make_shards(
+    places: Places, job: Job, source: Source, model: bytes, coder: Coder, workers: int, log: Callable
+) -> dict:
     """Tokens of all documents into the work folder; the manifest's part about documents."""
     build = Build(places.work, job, coder.table, read_json(places.work / "state.json"), source.denominator(coder))
     if build.documents:
@@ -488,7 +546,11 @@ def make_shards(places: Places, job: Job, source: Source, model: bytes, coder: C
     with progress(source, log) as bar:
         units = cut_units(source.units(bar.update if bar is not None else lambda _: None), [job.val_docs, begin])
         new = (unit for unit in units if unit.first >= begin)
-        run_build(build, coded_units(new, model, job, source.reader, workers), lambda state: write_json(places.work / "state.json", state))
+        run_build(
+            build,
+            coded_units(new, model, job, source.reader, workers),
+            lambda state: write_json(places.work / "state.json", state),
+        )
     check_published(source, build.documents)
     return build.finish()
 
@@ -496,32 +558,48 @@ def make_shards(places: Places, job: Job, source: Source, model: bytes, coder: C
 def describe(split: str, entry: dict, who: str = "prepare") -> str:
     """One line of the log about a split."""
     lengths = " ".join(f"{key}:{value:,}" for key, value in entry["document_tokens"].items())
-    return (f"{who}: {split} documents:{entry['documents']:,} tokens:{entry['tokens']:,} bytes:{entry['bytes']:,} "
-            f"bytes_per_token:{entry['bytes'] / entry['tokens']:.3f} document_tokens {lengths}")
+    return (
+        f"{who}: {split} documents:{entry['documents']:,} tokens:{entry['tokens']:,} bytes:{entry['bytes']:,} "
+        f"bytes_per_token:{entry['bytes'] / entry['tokens']:.3f} document_tokens {lengths}"
+    )
 
 
 def describe_denominator(told: dict) -> str:
     """One line of the log about a denominator that is still the same."""
-    odd = (f", but for {told['mended_documents']} documents with invalid UTF-8: {told['mended_bytes']:,} bytes there, "
-           f"{told['mended_bytes_now']:,} here") if told["mended_documents"] else ""
+    odd = (
+        (
+            f", but for {told['mended_documents']} documents with invalid UTF-8: {told['mended_bytes']:,} bytes there, "
+            f"{told['mended_bytes_now']:,} here"
+        )
+        if told["mended_documents"]
+        else ""
+    )
     return f"prepare: val has the {told['bytes']:,} bytes that the source's tokens stand for{odd}"
 
 
 def transform_entry(coder: Coder) -> dict:
     """What the manifest says of the transform."""
     names = {t: coder.pieces[t] for pair in coder.aliases.pairs for t in pair}
-    pairs = [{"pair": [names[t] for t in pair], "ids": list(pair), "alias": i} for pair, i in coder.aliases.pairs.items()]
+    pairs = [
+        {"pair": [names[t] for t in pair], "ids": list(pair), "alias": i} for pair, i in coder.aliases.pairs.items()
+    ]
     operators = [f"U+{ord(o):04X}" for o in coder.transform.operators]
     return {"name": coder.transform.name, "lossy": coder.transform.lossy, "operators": operators, "pairs": pairs}
 
 
 def publish(places: Places, manifest: dict, work: Path) -> None:
-    """Moves the files of a finished work folder to where they are read, the manifest last: its presence means that the rest is
-    complete. An old manifest goes first: a build killed half-way must not leave one that vouches for other shards."""
+    """Moves the files of a finished work folder to where they are read, the manifest last: its presence means that the
+    rest is complete. An old manifest goes first: a build killed half-way must not leave one that vouches for other
+    shards.
+    """
     places.shards.mkdir(parents=True, exist_ok=True)
     places.manifest.unlink(missing_ok=True)
-    names = [e["path"] for split in SPLITS[::-1] for shard in manifest[split]["shards"]
-             for e in (shard, *([shard["sidecar"]] if "sidecar" in shard else []))]
+    names = [
+        e["path"]
+        for split in SPLITS[::-1]
+        for shard in manifest[split]["shards"]
+        for e in (shard, *([shard["sidecar"]] if "sidecar" in shard else []))
+    ]
     if (work / "tokenizer.model").is_file():
         os.replace(work / "tokenizer.model", places.tokenizer)
     for name in names:
@@ -557,8 +635,15 @@ def manifest_files(manifest: dict) -> Iterator[dict]:
         yield from [shard["sidecar"]] if "sidecar" in shard else []
 
 
-def prepare(source: Source, job: Job, data_dir: Path | str = "data", tokenizer: Path | None = None, workers: int = 1,
-            force: bool = False, log: Callable[[str], object] = print) -> dict:
+def prepare(
+    source: Source,
+    job: Job,
+    data_dir: Path | str = "data",
+    tokenizer: Path | None = None,
+    workers: int = 1,
+    force: bool = False,
+    log: Callable[[str], object] = print,
+) -> dict:
     """Builds the data set unless it is there already, and returns its manifest.
 
     Raises PrepareError, SourceError or ShardError with what is wrong and what to do.
@@ -573,7 +658,9 @@ def prepare(source: Source, job: Job, data_dir: Path | str = "data", tokenizer: 
     open_work(places, settings, force)
     with only_one(places.work):
         begun = sum(t["source_bytes"] for t in (read_json(places.work / "state.json") or {}).get("totals", {}).values())
-        manifest = read_json(places.work / "manifest.json") or make(places, job, source, settings, tokenizer, workers, log)
+        manifest = read_json(places.work / "manifest.json") or make(
+            places, job, source, settings, tokenizer, workers, log
+        )
         publish(places, manifest, places.work)
     shutil.rmtree(places.work)
     seconds, size = time.perf_counter() - started, sum(manifest[split]["source_bytes"] for split in SPLITS) - begun
@@ -587,24 +674,32 @@ def prepare(source: Source, job: Job, data_dir: Path | str = "data", tokenizer: 
     return manifest
 
 
-def make(places: Places, job: Job, source: Source, settings: dict, tokenizer: Path | None, workers: int, log: Callable) -> dict:
+def make(
+    places: Places, job: Job, source: Source, settings: dict, tokenizer: Path | None, workers: int, log: Callable
+) -> dict:
     """Everything that can be taken up again: tokenizer, shards and manifest in the work folder; the manifest."""
     model = model_of(job, source, places.work, tokenizer, log)
     try:
         coder = Coder(model, job.transform, job.pairs)
         coder.check_front()
     except (ValueError, RuntimeError, OSError) as error:
-        raise PrepareError(f"{error}{f' ({tokenizer}); without --tokenizer one is trained' if tokenizer else ''}") from error
+        raise PrepareError(
+            f"{error}{f' ({tokenizer}); without --tokenizer one is trained' if tokenizer else ''}"
+        ) from error
     parts = make_shards(places, job, source, model, coder, workers, log)
     write_atomic(places.work / "tokenizer.model", model)
     about = {"vocab_size": len(coder.pieces), "bos_id": BOS}
     manifest = {
         "name": job.name,
-        "source": {"files": [e | {"sha256": source.sha256[e["name"]]} for e in source.entries], "challenge": source.is_challenge},
+        "source": {
+            "files": [e | {"sha256": source.sha256[e["name"]]} for e in source.entries],
+            "challenge": source.is_challenge,
+        },
         "sentencepiece": spm.__version__,
         "settings": settings,
         "transform": transform_entry(coder),
-        "tokenizer": {"path": f"tokenizers/{places.tokenizer.name}", "file_bytes": len(model), "sha256": sha256(model)} | about,
+        "tokenizer": {"path": f"tokenizers/{places.tokenizer.name}", "file_bytes": len(model), "sha256": sha256(model)}
+        | about,
         **parts,
     }
     write_json(places.work / "manifest.json", manifest)
@@ -615,8 +710,10 @@ def make(places: Places, job: Job, source: Source, settings: dict, tokenizer: Pa
 # Proof from the files alone
 # ---------------------------------------------------------------------------------------------------------------------
 def verify(folder: Path, log: Callable[[str], object] = print) -> list[str]:
-    """Problems of a data set: every file against the manifest (size, header, sha256), no shard too many or too few, sidecars
-    as long as their shards, document counts, and validation disjoint from training. Nothing is believed but the bytes."""
+    """Problems of a data set: every file against the manifest (size, header, sha256), no shard too many or too few,
+    sidecars as long as their shards, document counts, and validation disjoint from training. Nothing is believed but
+    the bytes.
+    """
     try:
         manifest = read_manifest(folder)
     except ShardError as error:
@@ -633,11 +730,16 @@ def verify(folder: Path, log: Callable[[str], object] = print) -> list[str]:
         counts[split], keys[split] = Counter(), set()
         for tokens in documents(split_paths(folder, split)):
             key = document_key(tokens)
-            counts[split].update({"documents": 1, "tokens": len(tokens), "shared": int(split == "train" and key in keys["val"])})
+            counts[split].update(
+                {"documents": 1, "tokens": len(tokens), "shared": int(split == "train" and key in keys["val"])}
+            )
             if split == "val":
                 keys[split].add(key)
-        problems += [f"{folder}: {split} has {counts[split][what]} {what}, the manifest says {manifest[split][what]}"
-                     for what in ("documents", "tokens") if counts[split][what] != manifest[split][what]]
+        problems += [
+            f"{folder}: {split} has {counts[split][what]} {what}, the manifest says {manifest[split][what]}"
+            for what in ("documents", "tokens")
+            if counts[split][what] != manifest[split][what]
+        ]
     if shared := counts["train"]["shared"]:
         problems.append(f"{folder}: {shared} training documents are validation documents")
     for split in SPLITS:
@@ -661,23 +763,43 @@ def strangers(folder: Path, manifest: dict) -> list[str]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("source", nargs="*", type=Path, help="jsonl, parquet or text files (.xz .gz .bz2 .zst too), or folders of them, "
-                                                           "or a folder of finished shards")
-    p.add_argument("--source-tokenizer", type=Path, metavar="MODEL", help="of a source of shards: the tokenizer that made them")
-    p.add_argument("--verify", type=Path, metavar="FOLDER", help="prove a finished data set from its files alone, and stop")
-    p.add_argument("--name", help="datasets/NAME and tokenizers/NAME.model; default: from source, vocabulary and transform")
+    p.add_argument(
+        "source",
+        nargs="*",
+        type=Path,
+        help="jsonl, parquet or text files (.xz .gz .bz2 .zst too), or folders of them, or a folder of finished shards",
+    )
+    p.add_argument(
+        "--source-tokenizer", type=Path, metavar="MODEL", help="of a source of shards: the tokenizer that made them"
+    )
+    p.add_argument(
+        "--verify", type=Path, metavar="FOLDER", help="prove a finished data set from its files alone, and stop"
+    )
+    p.add_argument(
+        "--name", help="datasets/NAME and tokenizers/NAME.model; default: from source, vocabulary and transform"
+    )
     p.add_argument("--data-dir", type=Path, default=Path("data"))
-    p.add_argument("--vocab-size", type=int, default=8192, help="pieces of the tokenizer to train; 260: bytes, no training")
+    p.add_argument(
+        "--vocab-size", type=int, default=8192, help="pieces of the tokenizer to train; 260: bytes, no training"
+    )
     p.add_argument("--tokenizer", type=Path, help="a SentencePiece model to use instead")
-    p.add_argument("--tokenizer-bytes", type=int, default=100_000_000, help="training text that the tokenizer is trained on")
+    p.add_argument(
+        "--tokenizer-bytes", type=int, default=100_000_000, help="training text that the tokenizer is trained on"
+    )
     p.add_argument("--transform", choices=sorted(REGISTRY), default="none")
     p.add_argument("--pairs", action="store_true", help="with caseops: one token for [space, operator]")
-    p.add_argument("--val-docs", type=int, help=f"first documents, which are validation; default: {CHALLENGE_VAL_DOCS:,}, or "
-                                                "those of the shards that are the source")
+    p.add_argument(
+        "--val-docs",
+        type=int,
+        help=f"first documents, which are validation; default: {CHALLENGE_VAL_DOCS:,}, or "
+        "those of the shards that are the source",
+    )
     p.add_argument("--shard-tokens", type=int, default=100_000_000)
     p.add_argument("--sidecar", action="store_true", help="a byte sidecar even where the byte table would do")
     p.add_argument("--text-key", default="text", help="key or column of the text")
-    p.add_argument("--separator", default="", help="line between documents of a text file; default: a file is one document")
+    p.add_argument(
+        "--separator", default="", help="line between documents of a text file; default: a file is one document"
+    )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     p.add_argument("--workers", type=int, default=cores, help="processes; the bytes do not depend on it")
     p.add_argument("--force", action="store_true", help="build anew whatever is there")
@@ -687,8 +809,12 @@ def parser() -> argparse.ArgumentParser:
 def default_name(args: argparse.Namespace) -> str:
     """Source, vocabulary and transform."""
     stem = args.source[0].name.split(".")[0]
-    tokenizer = args.tokenizer.stem if args.tokenizer else "byte260" if args.vocab_size == 260 else f"sp{args.vocab_size}"
-    return "_".join([stem, tokenizer, *([args.transform] if args.transform != "none" else []), *(["pairs"] if args.pairs else [])])
+    tokenizer = (
+        args.tokenizer.stem if args.tokenizer else "byte260" if args.vocab_size == 260 else f"sp{args.vocab_size}"
+    )
+    return "_".join(
+        [stem, tokenizer, *([args.transform] if args.transform != "none" else []), *(["pairs"] if args.pairs else [])]
+    )
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -696,7 +822,9 @@ def check_args(args: argparse.Namespace) -> None:
     if not args.source:
         raise PrepareError("name the files to read, or --verify a folder")
     if not 260 <= args.vocab_size <= 2**16:
-        raise PrepareError(f"--vocab-size {args.vocab_size}: tokens are uint16 and 260 pieces are reserved, so 260 to 65536")
+        raise PrepareError(
+            f"--vocab-size {args.vocab_size}: tokens are uint16 and 260 pieces are reserved, so 260 to 65536"
+        )
     for name in ("tokenizer", "source_tokenizer"):
         if (path := getattr(args, name)) and not path.is_file():
             raise PrepareError(f"{option(name)} {path} is missing")
@@ -716,15 +844,33 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.verify:
             problems = verify(args.verify)
-            print("\n".join(f"verify: {p}" for p in problems) or f"verify: {args.verify} is whole, and its splits are disjoint")
+            print(
+                "\n".join(f"verify: {p}" for p in problems)
+                or f"verify: {args.verify} is whole, and its splits are disjoint"
+            )
             return int(bool(problems))
         check_args(args)
-        job = Job(args.name or default_name(args), args.vocab_size, "", args.tokenizer_bytes, args.transform, args.pairs,
-                  args.val_docs, args.shard_tokens, args.sidecar, args.text_key, args.separator)
+        job = Job(
+            args.name or default_name(args),
+            args.vocab_size,
+            "",
+            args.tokenizer_bytes,
+            args.transform,
+            args.pairs,
+            args.val_docs,
+            args.shard_tokens,
+            args.sidecar,
+            args.text_key,
+            args.separator,
+        )
         source = open_source(args.source, args.text_key, args.separator, args.source_tokenizer)
         manifest = prepare(source, job, args.data_dir, args.tokenizer, args.workers, args.force)
         places = Places.of(args.data_dir, job.name)
-        knobs = {"DATA_PATH": places.shards, "TOKENIZER_PATH": places.tokenizer, "VOCAB_SIZE": manifest["tokenizer"]["vocab_size"]}
+        knobs = {
+            "DATA_PATH": places.shards,
+            "TOKENIZER_PATH": places.tokenizer,
+            "VOCAB_SIZE": manifest["tokenizer"]["vocab_size"],
+        }
         print("prepare: use it with " + " ".join(f"{name}={shlex.quote(str(value))}" for name, value in knobs.items()))
         return 0
     except (PrepareError, SourceError, ShardError) as error:

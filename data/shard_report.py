@@ -1,11 +1,12 @@
 """What a tokenizer makes of a corpus, from shards and the tokenizer alone: a table, and a picture.
 
-    python data/shard_report.py data/datasets/local_sp1024 --tokenizer data/tokenizers/local_1024_bpe.model --picture report.png
+    python data/shard_report.py data/datasets/local_sp1024 --tokenizer data/tokenizers/local_1024_bpe.model
 
-Works on any shards of the contest's format, downloaded ones too; where a manifest names the tokenizer, --tokenizer can be left out.
-Bytes are those of the text that the tokens stand for, by the sidecar where there is one. A document with few bytes a token is one
-that the vocabulary does not know: another language, a table, a list of numbers.
+Works on any shards of the contest's format, downloaded ones too; where a manifest names the tokenizer, --tokenizer can
+be left out. Bytes are those of the text that the tokens stand for, by the sidecar where there is one. A document with
+few bytes a token is one that the vocabulary does not know: another language, a table, a list of numbers.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -52,21 +53,28 @@ class Stats:
         share = np.sort(self.used)[::-1].cumsum() / counts.sum()
         spread = {"median": 50, "90 %": 90, "99 %": 99, "most": 100}
         return {
-            "documents": len(counts), "tokens": int(counts.sum()), "bytes of text": int(sizes.sum()),
+            "documents": len(counts),
+            "tokens": int(counts.sum()),
+            "bytes of text": int(sizes.sum()),
             "bytes per token": round(float(sizes.sum() / counts.sum()), 4),
             **{f"tokens per document, {name}": int(np.percentile(counts, q)) for name, q in spread.items()},
-            "pieces never used": int((self.used == 0).sum()), f"pieces used under {RARE} times": int((self.used < RARE).sum()),
+            "pieces never used": int((self.used == 0).sum()),
+            f"pieces used under {RARE} times": int((self.used < RARE).sum()),
             "pieces that make half of the tokens": int(np.searchsorted(share, 0.5) + 1),
         }
 
     def worst_documents(self, coder: Coder) -> list[dict]:
         """The documents with the fewest bytes a token, the worst first: number, bytes a token, and how they begin."""
-        return [{"document": -number, "bytes per token": round(-score, 3), "begins": coder.decode(tokens)[:60]}
-                for score, number, tokens in sorted(self.worst, reverse=True)]
+        return [
+            {"document": -number, "bytes per token": round(-score, 3), "begins": coder.decode(tokens)[:60]}
+            for score, number, tokens in sorted(self.worst, reverse=True)
+        ]
 
 
 def open_coder(folder: Path, given: Path | None) -> Coder:
-    """The tokenizer of a data set, with its transform. ShardError if nothing names it, or nothing says what its operators stand for."""
+    """The tokenizer of a data set, with its transform. ShardError if nothing names it, or nothing says what its
+    operators stand for.
+    """
     try:
         manifest, why = read_manifest(folder), ""
     except ShardError as error:  # the shards can be read without it
@@ -104,15 +112,19 @@ def show(stats: dict[str, Stats], coder: Coder) -> str:
         lines.append(f"| {name} | " + " | ".join(f"{table[name]:,}" for table in tables.values()) + " |")
     for split, one in stats.items():
         lines += ["", f"{split}: documents with the fewest bytes a token"]
-        lines += [f"  {w['bytes per token']:.3f}  {w['document']:>9,}  {w['begins']!r}" for w in one.worst_documents(coder)]
+        lines += [
+            f"  {w['bytes per token']:.3f}  {w['document']:>9,}  {w['begins']!r}" for w in one.worst_documents(coder)
+        ]
     return "\n".join(lines)
 
 
 def draw(stats: dict[str, Stats], path: Path, title: str) -> None:
     """Lengths of documents, bytes a token of documents, and use of the vocabulary, side by side in one picture."""
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     figure, (lengths, ratio, use) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
     for split, one in stats.items():
         counts, sizes = np.array(one.tokens), np.array(one.bytes)

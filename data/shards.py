@@ -1,9 +1,11 @@
 """The contest's shard format and what keeps files trustworthy: headers, checks, hashes, atomic writes.
 
-A shard is 256 little-endian int32 [20240520, 1, N, 0...] and N uint16 tokens, so 1024 + 2*N bytes; every document begins with
-BOS (id 1) and has no EOS. A byte sidecar `fineweb_val_bytes_*.bin` has the same layout; its entry is the number of UTF-8 bytes
-of the original text that the token at the same place stands for (layout of PR #1729's data, which the contest accepted).
+A shard is 256 little-endian int32 [20240520, 1, N, 0...] and N uint16 tokens, so 1024 + 2*N bytes; every document
+begins with BOS (id 1) and has no EOS. A byte sidecar `fineweb_val_bytes_*.bin` has the same layout; its entry is the
+number of UTF-8 bytes of the original text that the token at the same place stands for (layout of PR #1729's data, which
+the contest accepted).
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -59,7 +61,7 @@ def chunks(path: Path) -> Iterator[np.ndarray]:
     """Tokens of a shard, at most CHUNK at a time, in memory of their own."""
     tokens = read_shard(path)
     for at in range(0, len(tokens), CHUNK):
-        yield np.array(tokens[at:at + CHUNK])
+        yield np.array(tokens[at : at + CHUNK])
 
 
 def sha256(data: bytes) -> str:
@@ -129,17 +131,22 @@ def read_manifest(folder: Path) -> dict | None:
         if path.is_file():
             raise ShardError(f"{path} is damaged: it is no JSON object")
         return None
-    if lacks := [name for name in ("tokenizer", "transform", "train", "val") if not isinstance(manifest.get(name), dict)]:
-        raise ShardError(f"{path} is not of data/prepare.py: it has the keys {list(manifest)}, but no description of {', '.join(lacks)}; "
-                         "where another tool wrote it, move it to another folder")
+    if lacks := [
+        name for name in ("tokenizer", "transform", "train", "val") if not isinstance(manifest.get(name), dict)
+    ]:
+        raise ShardError(
+            f"{path} is not of data/prepare.py: it has the keys {list(manifest)}, but no description of "
+            f"{', '.join(lacks)}; "
+            "where another tool wrote it, move it to another folder"
+        )
     return manifest
 
 
 def document_key(tokens: np.ndarray) -> bytes:
     """128 bits that stand for a document: blake2b of its tokens [n], BOS included, as little-endian uint16.
 
-    Of tokens, not of text: two texts that the tokenizer makes equal are the same document to a model, and anybody can compute
-    the keys again from the shards alone.
+    Of tokens, not of text: two texts that the tokenizer makes equal are the same document to a model, and anybody can
+    compute the keys again from the shards alone.
     """
     return hashlib.blake2b(np.ascontiguousarray(tokens, "<u2"), digest_size=16).digest()
 

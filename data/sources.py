@@ -1,9 +1,11 @@
-"""Where documents come from: jsonl, parquet and text files, compressed or not, or the tokens of finished shards, read in order in
-units of about a megabyte.
+"""Where documents come from: jsonl, parquet and text files, compressed or not, or the tokens of finished shards, read
+in order in units of about a megabyte.
 
-A unit is what one worker codes at a time. Documents are numbered as they stand in the source, those without text included, so
-the border between validation and training never depends on what a tokenizer makes of a text, nor on where units end.
+A unit is what one worker codes at a time. Documents are numbered as they stand in the source, those without text
+included, so the border between validation and training never depends on what a tokenizer makes of a text, nor on where
+units end.
 """
+
 from __future__ import annotations
 
 import bz2
@@ -29,7 +31,7 @@ TEXT_BYTES = 1 << 24  # longest document of a text file; JSON lines have no such
 JSONL, PARQUET, TEXT = {".jsonl", ".json", ".ndjson"}, {".parquet"}, {".txt", ".text", ".md", ""}
 PACKED = {".xz", ".gz", ".bz2", ".zst"}
 SAMPLE = 64  # documents of each split that a tokenizer is tried on
-KNOWN = 0.9  # share that it must encode again as it was; the right one makes 1.0, a wrong one of 1,024 pieces or more next to 0
+KNOWN = 0.9  # share that it must encode again as it was; the right one makes 1.0, a wrong one next to 0
 INVALID = "with invalid UTF-8"
 
 
@@ -38,8 +40,10 @@ class SourceError(Exception):
 
 
 class Unit(NamedTuple):
-    """Neighbouring documents: lines of JSON in one piece, or a list of texts, or of tokens as uint16 in memory. `first`: the number
-    of the first one."""
+    """Neighbouring documents: lines of JSON in one piece, or a list of texts, or of tokens as uint16 in memory.
+    `first`: the number of the first one.
+    """
+
     first: int
     data: bytes | list[bytes | None]
 
@@ -61,7 +65,7 @@ class Unit(NamedTuple):
         if isinstance(self.data, list):
             return Unit(self.first, self.data[:n]), Unit(number, self.data[n:])
         rest = self.data.split(b"\n", n)[n]
-        return Unit(self.first, self.data[:len(self.data) - len(rest)]), Unit(number, rest)
+        return Unit(self.first, self.data[: len(self.data) - len(rest)]), Unit(number, rest)
 
 
 class Hashed:
@@ -81,10 +85,13 @@ Reader = Callable[[Unit, Counter], Iterator[str]]  # unit -> its texts; what had
 
 
 class Denominator(NamedTuple):
-    """`bytes` of text that the tokens of a source's validation documents stand for: what bits per byte were divided by until now.
+    """`bytes` of text that the tokens of a source's validation documents stand for: what bits per byte were divided by
+    until now.
 
-    `mended_documents` of them hold bytes that are no UTF-8 and become U+FFFD: `mended_bytes` before, `mended_bytes_now` after.
+    `mended_documents` of them hold bytes that are no UTF-8 and become U+FFFD: `mended_bytes` before, `mended_bytes_now`
+    after.
     """
+
     bytes: int = 0
     mended_documents: int = 0
     mended_bytes: int = 0
@@ -97,11 +104,13 @@ class Denominator(NamedTuple):
 
 
 class Source:
-    """Files in the given order; folders stand for their files by name. After `units` is used up, `sha256` knows every file.
+    """Files in the given order; folders stand for their files by name. After `units` is used up, `sha256` knows every
+    file.
 
-    `reader` reads its units, in whichever process. `val_docs`: how many of the first documents are validation, where the source itself
-    says so.
+    `reader` reads its units, in whichever process. `val_docs`: how many of the first documents are validation, where
+    the source itself says so.
     """
+
     val_docs: int | None = None
 
     def __init__(self, paths: Iterable[Path], text_key: str = "text", separator: str = ""):
@@ -123,7 +132,9 @@ class Source:
             raise SourceError(f"source {path} is missing")
         if not format_of(path):
             kinds = sorted(JSONL | PARQUET | TEXT - {""})
-            raise SourceError(f"source {path}: unknown kind; give {kinds}, perhaps with {sorted(PACKED)}, or a folder of shards")
+            raise SourceError(
+                f"source {path}: unknown kind; give {kinds}, perhaps with {sorted(PACKED)}, or a folder of shards"
+            )
         return [path]
 
     @property
@@ -134,8 +145,10 @@ class Source:
     @property
     def is_challenge(self) -> bool:
         """True for the contest's published documents, or files that lie beside their manifest."""
-        return any(f.name.startswith("docs_selected") or (f.parent / "docs_selected.source_manifest.json").is_file()
-                   for f in self.files)
+        return any(
+            f.name.startswith("docs_selected") or (f.parent / "docs_selected.source_manifest.json").is_file()
+            for f in self.files
+        )
 
     def denominator(self, coder: Coder) -> Denominator | None:
         """The bytes that validation must have in the tokens of `coder`; None where nothing has counted them before."""
@@ -160,8 +173,11 @@ class Source:
                     yield from parquet_units(raw, self.text_key, path)
                 else:
                     with unpacked(file, path) as stream:
-                        yield from (json_values.units(stream, self.text_key, jsonl_units) if kind == "jsonl" else
-                                    text_units(stream, self.separator))
+                        yield from (
+                            json_values.units(stream, self.text_key, jsonl_units)
+                            if kind == "jsonl"
+                            else text_units(stream, self.separator)
+                        )
             except json_values.JsonError as error:
                 raise SourceError(f"source {path}: {error}") from None
             except (EOFError, OSError, lzma.LZMAError) as error:
@@ -184,6 +200,7 @@ def unpacked(file: Hashed, path: Path) -> BinaryIO:
     """The stream of what a file holds."""
     if path.suffix == ".zst":
         import zstandard
+
         return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
     openers = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
     return openers[path.suffix](file) if path.suffix in openers else Plain(file)
@@ -203,10 +220,12 @@ class Plain:
 
 
 def jsonl_units(head: bytes, stream: BinaryIO) -> Iterator[bytes]:
-    """Whole lines of about UNIT_BYTES together; a longer line is a unit by itself. `head`: what has been read of the stream."""
+    """Whole lines of about UNIT_BYTES together; a longer line is a unit by itself. `head`: what has been read of the
+    stream.
+    """
     held: list[bytes] = []
     size = 0
-    blocks = (head[at:at + UNIT_BYTES] for at in range(0, len(head), UNIT_BYTES))
+    blocks = (head[at : at + UNIT_BYTES] for at in range(0, len(head), UNIT_BYTES))
     for block in chain(blocks, iter(partial(stream.read, UNIT_BYTES), b"")):
         cut = block.rfind(b"\n") + 1 if size + len(block) >= UNIT_BYTES else 0
         if cut:
@@ -219,7 +238,9 @@ def jsonl_units(head: bytes, stream: BinaryIO) -> Iterator[bytes]:
 
 
 def parquet_units(file: BinaryIO, text_key: str, path: Path) -> Iterator[list[bytes | None]]:
-    """Texts of a column, as bytes: what is no UTF-8 is the worker's to handle. SourceError without pyarrow or the column."""
+    """Texts of a column, as bytes: what is no UTF-8 is the worker's to handle. SourceError without pyarrow or the
+    column.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
@@ -237,14 +258,23 @@ def parquet_units(file: BinaryIO, text_key: str, path: Path) -> Iterator[list[by
 def check_column(schema, text_key: str, path: Path) -> None:
     """SourceError if a parquet file has no such column, or one that holds no text; it names those that do."""
     import pyarrow
-    plain = {column.name: getattr(column.type, "value_type", column.type) for column in schema}  # of a dictionary, what it holds
+
+    plain = {
+        column.name: getattr(column.type, "value_type", column.type) for column in schema
+    }  # of a dictionary, what it holds
     usual = {pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary(), pyarrow.string_view()}
-    texts = [name for name, kind in plain.items() if kind in usual and not pyarrow.types.is_nested(schema.field(name).type)]
+    texts = [
+        name for name, kind in plain.items() if kind in usual and not pyarrow.types.is_nested(schema.field(name).type)
+    ]
     if text_key not in plain:
-        raise SourceError(f"source {path}: no column {text_key!r}, only {schema.names}; text is in {texts}, see --text-key")
+        raise SourceError(
+            f"source {path}: no column {text_key!r}, only {schema.names}; text is in {texts}, see --text-key"
+        )
     if text_key not in texts and not pyarrow.types.is_null(plain[text_key]):
-        raise SourceError(f"source {path}: column {text_key!r} holds {schema.field(text_key).type}, not text, which is in {texts}; "
-                          "see --text-key")
+        raise SourceError(
+            f"source {path}: column {text_key!r} holds {schema.field(text_key).type}, not text, which is in {texts}; "
+            "see --text-key"
+        )
 
 
 def text_units(stream: BinaryIO, separator: bytes) -> Iterator[list[bytes]]:
@@ -314,8 +344,9 @@ def decode_line(line: bytes, text_key: str, number: int, odd: Counter) -> str:
 # Finished shards as a source
 # ---------------------------------------------------------------------------------------------------------------------
 class Detokenizer:
-    """The reader of units of tokens: each document's text as it was before its transform. ValueError if tokenizer and transform
-    do not fit. Other processes get what it is made of, not what it has built."""
+    """The reader of units of tokens: each document's text as it was before its transform. ValueError if tokenizer and
+    transform do not fit. Other processes get what it is made of, not what it has built.
+    """
 
     def __init__(self, model: bytes, transform: str, pairs: bool):
         self.made_of = model, transform, pairs
@@ -329,7 +360,9 @@ class Detokenizer:
         return (self.text(number, np.frombuffer(data, "<u2"), odd) for number, data in enumerate(unit.data, unit.first))
 
     def text(self, number: int, tokens: np.ndarray, odd: Counter) -> str:
-        """The text of a document's tokens [n]; U+FFFD stands for what is no UTF-8. SourceError names a document without a text."""
+        """The text of a document's tokens [n]; U+FFFD stands for what is no UTF-8. SourceError names a document without
+        a text.
+        """
         try:
             text = self.coder.transform.decode(decode(self.coder.raw(tokens), odd))
         except ValueError as error:
@@ -347,7 +380,8 @@ class Detokenizer:
 
 
 class Shards(Source):
-    """A finished folder of shards and the tokenizer that made them. Documents are numbered through, those of validation first.
+    """A finished folder of shards and the tokenizer that made them. Documents are numbered through, those of validation
+    first.
 
     SourceError if the tokenizer is another one, or the text cannot be brought back; ShardError names a damaged file.
     """
@@ -385,7 +419,9 @@ class Shards(Source):
 
     @property
     def entries(self) -> list[dict]:
-        """As of any source; but shards are all of one size, so that the tokenizer and what else is small go with their sha256."""
+        """As of any source; but shards are all of one size, so that the tokenizer and what else is small go with their
+        sha256.
+        """
         return [e | ({"sha256": self.beside[e["name"]]} if e["name"] in self.beside else {}) for e in super().entries]
 
     @property
@@ -394,7 +430,9 @@ class Shards(Source):
         return False
 
     def transform(self) -> tuple[str, bool]:
-        """(transform, pairs) of the text, as the folder's manifest says. SourceError where the original cannot be known."""
+        """(transform, pairs) of the text, as the folder's manifest says. SourceError where the original cannot be
+        known.
+        """
         path = self.folder / "manifest.json"
         manifest = read_json(path)
         if manifest is None and path.is_file():
@@ -402,8 +440,10 @@ class Shards(Source):
         said = (manifest or {}).get("transform")
         if not isinstance(said, dict):  # not by prepare.py
             if said or split_paths(self.folder, "val_bytes"):
-                raise SourceError(f"{self.folder} has byte sidecars (fineweb_val_bytes_*.bin) or a transform, but no manifest of "
-                                  "data/prepare.py: its text holds operators that nothing explains, so it cannot be brought back")
+                raise SourceError(
+                    f"{self.folder} has byte sidecars (fineweb_val_bytes_*.bin) or a transform, but no manifest of "
+                    "data/prepare.py: its text holds operators that nothing explains, so it cannot be brought back"
+                )
             check_operators(self.folder, self.tokenizer.read_bytes())
             return "none", False
         name = said.get("name")
@@ -419,8 +459,11 @@ class Shards(Source):
         for paths in self.splits.values():
             first, *_ = (int(read_shard(path)[0]) for path in paths)
             if first != BOS:
-                raise ShardError(f"shard {paths[0]} begins with token {first} in the middle of a document, whose beginning (BOS, {BOS}) "
-                                 "is in no shard")
+                raise ShardError(
+                    f"shard {paths[0]} begins with token {first} in the middle of a document, whose beginning "
+                    f"(BOS, {BOS}) "
+                    "is in no shard"
+                )
 
     def count_val(self) -> int:
         """Documents of validation. SourceError if a token is not of the tokenizer."""
@@ -428,8 +471,10 @@ class Shards(Source):
         for path in self.splits["val"]:
             for part in chunks(path):
                 if part.max() >= pieces:
-                    raise SourceError(f"{self.tokenizer} is not the tokenizer of {path}, which holds token {part.max()}: it has only "
-                                      f"{pieces} pieces")
+                    raise SourceError(
+                        f"{self.tokenizer} is not the tokenizer of {path}, which holds token {part.max()}: it has only "
+                        f"{pieces} pieces"
+                    )
                 count += int((part == BOS).sum())
         return count
 
@@ -438,8 +483,10 @@ class Shards(Source):
         for split, paths in self.splits.items():
             same = [self.reader.knows(tokens) for tokens in islice(documents(paths), SAMPLE)]
             if sum(same) < KNOWN * len(same):
-                raise SourceError(f"{self.tokenizer} is not the tokenizer of {self.folder}: only {sum(same)} of {len(same)} {split} "
-                                  "documents give their own tokens when decoded and encoded again")
+                raise SourceError(
+                    f"{self.tokenizer} is not the tokenizer of {self.folder}: only {sum(same)} of {len(same)} {split} "
+                    "documents give their own tokens when decoded and encoded again"
+                )
 
     def denominator(self, coder: Coder) -> Denominator:
         """Counted by the byte table or the sidecars of the shards, each document by itself."""
@@ -484,11 +531,17 @@ def token_units(docs: Iterable[np.ndarray]) -> Iterator[list[bytes]]:
         yield held
 
 
-def open_source(paths: list[Path], text_key: str = "text", separator: str = "", tokenizer: Path | None = None) -> Source:
-    """Documents, or a folder of shards with the tokenizer that made them. SourceError if one is given without the other."""
+def open_source(
+    paths: list[Path], text_key: str = "text", separator: str = "", tokenizer: Path | None = None
+) -> Source:
+    """Documents, or a folder of shards with the tokenizer that made them. SourceError if one is given without the
+    other.
+    """
     folders = [path for path in paths if path.is_dir() and any(path.glob("fineweb_*.bin"))]
     if not folders and tokenizer:
-        raise SourceError(f"--source-tokenizer {tokenizer} is for a folder of shards (fineweb_*.bin), and {paths[0]} is none")
+        raise SourceError(
+            f"--source-tokenizer {tokenizer} is for a folder of shards (fineweb_*.bin), and {paths[0]} is none"
+        )
     if not folders:
         return Source(paths, text_key, separator)
     if len(paths) > 1:

@@ -1,14 +1,17 @@
 """Reversible and lossy changes of text before the tokenizer, and of token pairs behind it: a small registry.
 
-`caseops` writes capitals as an operator in front of lower-case letters, so that a vocabulary does not hold every word twice
-(idea: PR #1729). It undoes exactly, so bits per byte of the original text can be counted, with a byte sidecar. `casefold`
-throws capitals away (PR #1578): what is scored then is another, easier text, so whatever is made with it is marked lossy.
-`caselead` is caseops with the operator in front of the space: a word is spelled alike with and without its capital, and a
-tokenizer may merge the operator with the full stop that it follows.
-Pair aliasing (PR #2109) gives a frequent pair of tokens, [space, operator], one id of its own.
+`caseops` writes capitals as an operator in front of lower-case letters, so that a vocabulary does not hold every word
+twice (idea: PR #1729). It undoes exactly, so bits per byte of the original text can be counted, with a byte sidecar.
+`casefold` throws capitals away (PR #1578): what is scored then is another, easier text, so whatever is made with it is
+marked lossy. `caselead` is caseops with the operator in front of the space: a word is spelled alike with and without
+its capital, and a tokenizer may merge the operator with the full stop that it follows. Pair aliasing (PR #2109) gives a
+frequent pair of tokens, [space, operator], one id of its own.
 
-    python data/transforms.py caselead --decode < sampled.txt        what a model of such data writes, as text; without --decode back
+    python data/transforms.py caselead --decode < sampled.txt
+
+prints what a model of such data writes as text; without --decode it goes the other way.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -31,9 +34,9 @@ OPERATORS = {"TITLE": TITLE, "UPPER": UPPER, "CAP": CAP, "ESC": ESC}
 def case_pairs() -> dict[str, str]:
     """capital -> small letter, where that is undone by one letter and changes no byte count.
 
-    Only letters of Unicode 3.2: Python carries that version for ever, and pairs are never taken back, so every Python gives
-    the same table (a newer letter would make the same text other shards after an update). Left out, and so kept as they stand:
-    letters whose capital is several letters, has another UTF-8 length, or is changed by NFKC.
+    Only letters of Unicode 3.2: Python carries that version for ever, and pairs are never taken back, so every Python
+    gives the same table (a newer letter would make the same text other shards after an update). Left out, and so kept
+    as they stand: letters whose capital is several letters, has another UTF-8 length, or is changed by NFKC.
     """
     old, pairs = unicodedata.ucd_3_2_0, {}
     for code in range(0x10450):  # the last letters of Unicode 3.2 with case
@@ -54,10 +57,16 @@ _U, _L, _OPS = "".join(SMALL), "".join(CAPITAL), "".join(OPERATORS.values())
 
 
 def _patterns(before: str, behind: str) -> tuple[re.Pattern, re.Pattern]:
-    """(a run from its first capital on, the same encoded); before, behind: the space that its operator changes places with."""
-    return (re.compile(f"(?P<gap>{before})(?P<inside>(?<=[{_L}]))?(?P<word>[{_U}][{_U}{_L}]*)|[{_OPS}]"),
-            re.compile(f"{ESC}(?P<literal>[{_OPS}])|{UPPER}(?P<gap>{behind})(?P<run>[{_L}]+)|"
-                       f"[{TITLE}{CAP}](?P<space>{behind})(?P<one>[{_L}])|[{_OPS}]"))
+    """(a run from its first capital on, the same encoded); before, behind: the space that its operator changes places
+    with.
+    """
+    return (
+        re.compile(f"(?P<gap>{before})(?P<inside>(?<=[{_L}]))?(?P<word>[{_U}][{_U}{_L}]*)|[{_OPS}]"),
+        re.compile(
+            f"{ESC}(?P<literal>[{_OPS}])|{UPPER}(?P<gap>{behind})(?P<run>[{_L}]+)|"
+            f"[{TITLE}{CAP}](?P<space>{behind})(?P<one>[{_L}])|[{_OPS}]"
+        ),
+    )
 
 
 _ENCODE, _DECODE = _patterns("", "")
@@ -78,7 +87,9 @@ def _encode_match(match: re.Match) -> str:
 
 
 def _decode_match(match: re.Match) -> str:
-    """The capitals of a run again, and what was escaped; nothing for an operator that operates on nothing (a model wrote it)."""
+    """The capitals of a run again, and what was escaped; nothing for an operator that operates on nothing (a model
+    wrote it).
+    """
     letters = (match["run"] or match["one"] or "").translate(TO_CAPITAL)
     return match["literal"] or (match["gap"] or match["space"] or "") + letters
 
@@ -114,12 +125,14 @@ def caselead_decode(text: str) -> str:
 class Transform(NamedTuple):
     """encode: text -> text that the tokenizer sees; decode: back, None where nothing leads back (lossy).
 
-    operators: characters that stand for no text; a tokenizer needs a piece for each. keep: a second spelling that decodes alike
-    and changes as little as can be, for words that normalisation would spoil in the first (a capital H with a line below is two
-    characters, the small one is composed to a letter without a capital). All functions work word by word: what they do to
-    text between two spaces does not depend on what stands outside; but where an operator `leads`, it stands before the space,
-    and then it is a character like others to the tokenizer's trainer, which may merge it with what it follows.
+    operators: characters that stand for no text; a tokenizer needs a piece for each. keep: a second spelling that
+    decodes alike and changes as little as can be, for words that normalisation would spoil in the first (a capital H
+    with a line below is two characters, the small one is composed to a letter without a capital). All functions work
+    word by word: what they do to text between two spaces does not depend on what stands outside; but where an operator
+    `leads`, it stands before the space, and then it is a character like others to the tokenizer's trainer, which may
+    merge it with what it follows.
     """
+
     name: str
     encode: Callable[[str], str]
     decode: Callable[[str], str] | None
@@ -132,12 +145,15 @@ class Transform(NamedTuple):
         return self.decode is None
 
 
-REGISTRY = {t.name: t for t in (
-    Transform("none", str, str),
-    Transform("casefold", str.lower, None),
-    Transform("caseops", caseops_encode, caseops_decode, tuple(OPERATORS.values()), caseops_keep),
-    Transform("caselead", caselead_encode, caselead_decode, tuple(OPERATORS.values()), caseops_keep, leads=True),
-)}
+REGISTRY = {
+    t.name: t
+    for t in (
+        Transform("none", str, str),
+        Transform("casefold", str.lower, None),
+        Transform("caseops", caseops_encode, caseops_decode, tuple(OPERATORS.values()), caseops_keep),
+        Transform("caselead", caselead_encode, caselead_decode, tuple(OPERATORS.values()), caseops_keep, leads=True),
+    )
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """Tokenizers: training one with the contest's settings, counting the bytes of its tokens, and coding documents fast.
 
-A `Coder` gives exactly the tokens of SentencePiece's own `encode`, several times faster: no piece of a BPE model of the contest
-crosses a space, so every word has the same tokens wherever it stands, and words come again. What is not of that kind (pieces
-across spaces, unigram models) goes through SentencePiece as a whole.
+A `Coder` gives exactly the tokens of SentencePiece's own `encode`, several times faster: no piece of a BPE model of the
+contest crosses a space, so every word has the same tokens wherever it stands, and words come again. What is not of that
+kind (pieces across spaces, unigram models) goes through SentencePiece as a whole.
 """
+
 from __future__ import annotations
 
 import io
@@ -26,8 +27,8 @@ SLICE_CHARS = 1 << 20  # longer texts are coded a slice at a time, so that memor
 CACHED_CHARS = 32  # longer words hardly ever come again
 CACHED_WORDS = 300_000  # about 60 MB; emptied when full
 RUNS = re.compile(r"[^\W\d_]+|[\W\d_]+")  # letters, and what stands between them
-# Where a long text may be cut: at a space between plain letters or digits, else between East Asian letters. No normalisation,
-# piece or transform reaches over either.
+# Where a long text may be cut: at a space between plain letters or digits, else between East Asian letters.
+# No normalisation, piece or transform reaches over either.
 CUT = re.compile(r"(?<=[0-9A-Za-z]) (?=[0-9A-Za-z])")
 TIGHT_CUT = re.compile("(?<=[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3])(?=[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3])")
 
@@ -43,14 +44,18 @@ def sentences(texts: Iterable[str], encode: Callable[[str], str] = str) -> Itera
 
 
 def train(texts: Iterable[str], vocab_size: int, transform: Transform = REGISTRY["none"]) -> bytes:
-    """A SentencePiece BPE model file for transformed texts with the settings of the contest; every operator gets a piece of its own.
+    """A SentencePiece BPE model file for transformed texts with the settings of the contest; every operator gets a
+    piece of its own.
 
-    ValueError if there is no text, or it does not give vocab_size pieces. The thread count is fixed and the model is written to memory:
-    neither machine load nor a path gets into the bytes.
+    ValueError if there is no text, or it does not give vocab_size pieces. The thread count is fixed and the model is
+    written to memory: neither machine load nor a path gets into the bytes.
     """
     model = io.BytesIO()
-    operators = ({"required_chars": "".join(transform.operators)} if transform.leads else
-                 {"user_defined_symbols": list(transform.operators)})  # the latter never merge
+    operators = (
+        {"required_chars": "".join(transform.operators)}
+        if transform.leads
+        else {"user_defined_symbols": list(transform.operators)}
+    )  # the latter never merge
     try:
         spm.SentencePieceTrainer.train(
             sentence_iterator=sentences(texts, transform.encode),
@@ -96,7 +101,9 @@ def varint(value: int) -> bytes:
 def field(number: int, value: int | float | bytes) -> bytes:
     """One field of a protocol buffer: bytes, float32 or integer."""
     kind = 2 if isinstance(value, bytes) else 5 if isinstance(value, float) else 0
-    body = {2: lambda: varint(len(value)) + value, 5: lambda: struct.pack("<f", value), 0: lambda: varint(value)}[kind]()
+    body = {2: lambda: varint(len(value)) + value, 5: lambda: struct.pack("<f", value), 0: lambda: varint(value)}[
+        kind
+    ]()
     return varint(number << 3 | kind) + body
 
 
@@ -134,7 +141,7 @@ def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             value, at = read_varint(data, at)
         else:
             size, at = read_varint(data, at) if tag & 7 == 2 else ({1: 8, 5: 4}[tag & 7], at)
-            value, at = data[at:at + size], at + size
+            value, at = data[at : at + size], at + size
         yield tag >> 3, value
 
 
@@ -172,15 +179,18 @@ class ByteTable:
             sizes[literals(behind)] = len(ESC.encode())  # characters of the text that look like operators
         return sizes.astype(np.uint16)
 
-
     def total(self, tokens: np.ndarray) -> int:
         """Bytes of all tokens [N] together, in memory that does not grow with N."""
-        return sum(int(self.sizes(tokens[at:at + CHUNK], int(tokens[at - 1]) if at else BOS).sum(dtype=np.int64))
-                   for at in range(0, len(tokens), CHUNK))
+        return sum(
+            int(self.sizes(tokens[at : at + CHUNK], int(tokens[at - 1]) if at else BOS).sum(dtype=np.int64))
+            for at in range(0, len(tokens), CHUNK)
+        )
 
 
 def literals(behind: np.ndarray) -> np.ndarray:
-    """[N] bool -> places behind an escape that is no literal itself: escapes in a row take turns. There are next to none."""
+    """[N] bool -> places behind an escape that is no literal itself: escapes in a row take turns. There are next to
+    none.
+    """
     literal = np.zeros(len(behind), bool)
     for i in np.flatnonzero(behind):
         literal[i] = not (i and literal[i - 1])
@@ -211,7 +221,9 @@ class Words(dict):
 
 
 class Coder:
-    """Documents to tokens and back, for one tokenizer, one transform and perhaps pair aliases. ValueError if they do not fit."""
+    """Documents to tokens and back, for one tokenizer, one transform and perhaps pair aliases. ValueError if they do
+    not fit.
+    """
 
     def __init__(self, model: bytes, transform: str = "none", pairs: bool = False):
         self.sp = spm.SentencePieceProcessor(model_proto=model)
@@ -222,42 +234,65 @@ class Coder:
         self.aliases = self.find_aliases() if pairs else Aliases({})
         self.byte_zero = self.find_bytes()
         self.by_words = self.words_are_independent(model)
-        self.by_runs = not any(len(RUNS.findall(piece.removeprefix(SPACE))) > 1 for i, piece in enumerate(self.pieces)
-                               if not (self.table.edge[i] or self.sp.is_byte(i)))
+        self.by_runs = not any(
+            len(RUNS.findall(piece.removeprefix(SPACE))) > 1
+            for i, piece in enumerate(self.pieces)
+            if not (self.table.edge[i] or self.sp.is_byte(i))
+        )
         self.front = self.sp.encode("a")  # some text for a word to stand behind
         self.first, self.later = Words(self.word_tokens, ""), Words(self.word_tokens, "a ")
 
     def check_fit(self) -> None:
         """ValueError if shards cannot hold the tokenizer's ids, or it lacks pieces for the transform."""
         if self.sp.bos_id() != BOS or len(self.pieces) > 2**16:
-            raise ValueError(f"tokenizer: BOS must be {BOS} and at most 65,536 pieces; it has BOS {self.sp.bos_id()} and "
-                             f"{len(self.pieces)} pieces")
+            raise ValueError(
+                f"tokenizer: BOS must be {BOS} and at most 65,536 pieces; it has BOS {self.sp.bos_id()} and "
+                f"{len(self.pieces)} pieces"
+            )
         norm = self.sp.normalize("a b")
-        if SPACE in norm and SPACE not in self.pieces:  # the byte pieces of U+2581 take its place, and the decoder writes U+2581
-            raise ValueError("tokenizer: it has no piece for a space by itself (U+2581), so some spaces count as three bytes and bits "
-                             "per byte come out too good")
+        if (
+            SPACE in norm and SPACE not in self.pieces
+        ):  # the byte pieces of U+2581 take its place, and the decoder writes U+2581
+            raise ValueError(
+                "tokenizer: it has no piece for a space by itself (U+2581), so some spaces count as three bytes and "
+                "bits per byte come out too good"
+            )
         if norm.endswith(SPACE):
-            raise ValueError("tokenizer: it writes a space behind every text (treat_whitespace_as_suffix), which would count as a byte of "
-                             "each document; one trained with add_dummy_prefix=False does not")
+            raise ValueError(
+                "tokenizer: it writes a space behind every text (treat_whitespace_as_suffix), which would count as "
+                "a byte of each document; one trained with add_dummy_prefix=False does not"
+            )
         for operator in self.transform.operators:
             if operator not in self.pieces:
-                raise ValueError(f"tokenizer: no piece for U+{ord(operator):04X}; train one with --transform {self.transform.name}")
-            # else what stands behind an escape could not be told from an operator, nor a word from what stands before it
-            wrong = [p for p in self.pieces if operator in p[:-1] or p.endswith(operator) and p[-2:-1].isalpha() or p != ESC and ESC in p]
+                raise ValueError(
+                    f"tokenizer: no piece for U+{ord(operator):04X}; train one with --transform {self.transform.name}"
+                )
+            # else what follows an escape could not be told from an operator, nor a word from what stands before it
+            wrong = [
+                p
+                for p in self.pieces
+                if operator in p[:-1] or p.endswith(operator) and p[-2:-1].isalpha() or p != ESC and ESC in p
+            ]
             if wrong:
                 raise ValueError(f"tokenizer: an operator may end a piece of signs, but not stand as in {wrong[0]!r}")
 
     def check_front(self) -> None:
-        """ValueError if the tokenizer puts a space in front of every text: reading its tokens is exact, making them is not."""
+        """ValueError if the tokenizer puts a space in front of every text: reading its tokens is exact, making them is
+        not.
+        """
         if self.sp.normalize("a").startswith(SPACE):
-            raise ValueError("tokenizer: it writes a space in front of every text (add_dummy_prefix), where the contest's tokenizers write "
-                             "none; one trained with add_dummy_prefix=False does not")
+            raise ValueError(
+                "tokenizer: it writes a space in front of every text (add_dummy_prefix), where the contest's write "
+                "none; one trained with add_dummy_prefix=False does not"
+            )
 
     def find_aliases(self) -> Aliases:
         """[space, operator] for each operator that makes capitals, on ids of bytes that UTF-8 never holds."""
         free = [f"<0x{byte:02X}>" for byte in UNUSED_BYTES]
         if not self.transform.operators or self.transform.leads or not {SPACE, *free} <= set(self.pieces):
-            raise ValueError("pair aliases need a transform with operators behind spaces and a tokenizer with byte pieces")
+            raise ValueError(
+                "pair aliases need a transform with operators behind spaces and a tokenizer with byte pieces"
+            )
         space, *ids = map(self.pieces.index, (SPACE, TITLE, UPPER, CAP))
         return Aliases({(space, operator): self.pieces.index(alias) for operator, alias in zip(ids, free)})
 
@@ -265,7 +300,11 @@ class Coder:
         """The id of byte 0 if the tokenizer consists of the 256 bytes in a row and control pieces."""
         zero = self.pieces.index("<0x00>") if "<0x00>" in self.pieces else len(self.pieces)
         text = [i for i in range(len(self.pieces)) if not self.table.edge[i]]
-        return zero if self.pieces[zero:zero + 256] == [f"<0x{i:02X}>" for i in range(256)] and len(text) == 256 else None
+        return (
+            zero
+            if self.pieces[zero : zero + 256] == [f"<0x{i:02X}>" for i in range(256)] and len(text) == 256
+            else None
+        )
 
     def words_are_independent(self, model: bytes) -> bool:
         """True if a text's tokens are those of its words side by side: BPE, folded spaces, no piece across a space."""
@@ -273,7 +312,9 @@ class Coder:
         return folds and is_bpe(model) and not any(SPACE in piece[1:] for piece in self.pieces)
 
     def word_tokens(self, word: str, lead: str) -> bytes:
-        """Tokens of a word (with the space in front of it, behind a lead) as uint16 in memory. Unstable: no spelling survives."""
+        """Tokens of a word (with the space in front of it, behind a lead) as uint16 in memory. Unstable: no spelling
+        survives.
+        """
         parts = RUNS.findall(word) if self.by_runs else ()
         if len(parts) > 1:  # "word," is a new word, but "word" is not
             head = self.later if lead else self.first
@@ -283,16 +324,20 @@ class Coder:
             text = lead + spell(word)
             ids = self.sp.encode(text) if len(text) < WORD_CHARS else array("H")
             for at in range(0, len(text), WORD_CHARS) if not ids else ():
-                ids.extend(self.sp.encode(text[at:at + WORD_CHARS]))
+                ids.extend(self.sp.encode(text[at : at + WORD_CHARS]))
             back = self.spelled if leads else self.decode
             if self.transform.lossy or word.isascii() or back(ids) == lead + word:  # ASCII has one normal form
-                ids = ids[len(self.front):] if lead else ids
+                ids = ids[len(self.front) :] if lead else ids
                 return array("H", self.aliases.encode(ids) if self.aliases.pairs else ids).tobytes()
         raise Unstable(f"{word[:60]!r}")
 
     def agrees(self, text: str, tokens: np.ndarray) -> bool:
-        """True if SentencePiece makes the same tokens [n] of the text as a whole; of long and transformed ones it is not asked."""
-        return self.transform.name != "none" or len(text) > WORD_CHARS or [BOS, *self.sp.encode(text)] == tokens.tolist()
+        """True if SentencePiece makes the same tokens [n] of the text as a whole; of long and transformed ones it is
+        not asked.
+        """
+        return (
+            self.transform.name != "none" or len(text) > WORD_CHARS or [BOS, *self.sp.encode(text)] == tokens.tolist()
+        )
 
     def spelled(self, ids: list[int] | np.ndarray) -> str:
         """The transformed text that tokens stand for; BOS and other control pieces have none."""
@@ -301,15 +346,21 @@ class Coder:
     @cached_property
     def spellings(self) -> list[bytes]:
         """What each token writes, in bytes; b"" for control and other pieces without text of their own."""
-        raw = [b"" if self.table.edge[i] else bytes([int(piece[3:5], 16)]) if self.sp.is_byte(i) else
-               piece.replace(SPACE, " ").encode() for i, piece in enumerate(self.pieces)]
+        raw = [
+            b""
+            if self.table.edge[i]
+            else bytes([int(piece[3:5], 16)])
+            if self.sp.is_byte(i)
+            else piece.replace(SPACE, " ").encode()
+            for i, piece in enumerate(self.pieces)
+        ]
         return [b"".join(raw[part] for part in self.aliases.back.get(i, (i,))) for i in range(len(raw))]
 
     def raw(self, tokens: np.ndarray) -> bytes:
         """The bytes that tokens [n] of a document write, transform and all: those that the byte table counts.
 
-        SentencePiece's decoder writes U+FFFD for bytes that are no UTF-8; these come as they are, so that they can be seen. ValueError
-        for a token that the tokenizer lacks, or that says itself that its text is lost.
+        SentencePiece's decoder writes U+FFFD for bytes that are no UTF-8; these come as they are, so that they can be
+        seen. ValueError for a token that the tokenizer lacks, or that says itself that its text is lost.
         """
         if tokens.max(initial=0) >= len(self.pieces):
             raise ValueError(f"token {tokens.max()}, but the tokenizer has {len(self.pieces)} pieces")
@@ -336,10 +387,14 @@ class Coder:
             if norm:
                 tokens, norm = self.tokens_of(piece, norm, lead)
                 parts.append(tokens)
-                want += lead + len(norm.encode()) - 2 * norm.count(SPACE) * (self.byte_zero is None)  # SPACE has 3 bytes, a space 1
+                want += (
+                    lead + len(norm.encode()) - 2 * norm.count(SPACE) * (self.byte_zero is None)
+                )  # SPACE has 3 bytes, a space 1
         tokens = np.concatenate(parts)
         if not self.transform.lossy and (got := self.table.total(tokens)) != want:
-            raise ValueError(f"{want} bytes of text, but tokens for {got}: the tokenizer cannot write all of {text[:60]!r}")
+            raise ValueError(
+                f"{want} bytes of text, but tokens for {got}: the tokenizer cannot write all of {text[:60]!r}"
+            )
         return tokens if len(tokens) > 1 else tokens[:0]
 
     def tokens_of(self, text: str, norm: str, lead: bool) -> tuple[np.ndarray, str]:
@@ -383,44 +438,53 @@ def slices(text: str) -> Iterator[tuple[str, bool]]:
         if cut is None:
             size *= 2
             continue
-        yield text[at:cut.start()], lead
+        yield text[at : cut.start()], lead
         at, size, lead = cut.end(), SLICE_CHARS, cut.end() > cut.start()
     yield text[at:], lead
 
 
 def operators_of(model: bytes) -> list[int]:
-    """Ids of pieces that stand for no text of their own: case operators (PR #1729) and private-use symbols that a user defined.
+    """Ids of pieces that stand for no text of their own: case operators (PR #1729) and private-use symbols that a user
+    defined.
 
-    The numbers are those of sentencepiece_model.proto: pieces are field 1, of {text 1, score 2, type 3}, and type 4 is user-defined.
+    The numbers are those of sentencepiece_model.proto: pieces are field 1, of {text 1, score 2, type 3}, and type 4 is
+    user-defined.
     """
     spm.SentencePieceProcessor(model_proto=model)  # RuntimeError for a file that is no model
     pieces = [dict(fields(value)) for number, value in fields(model) if number == 1]
     texts = [piece.get(1, b"").decode() for piece in pieces]
-    return [i for i, (piece, text) in enumerate(zip(pieces, texts))
-            if set(text) & set(OPERATORS.values()) or piece.get(3) == 4 and any("\ue000" <= c <= "\uf8ff" for c in text)]
+    return [
+        i
+        for i, (piece, text) in enumerate(zip(pieces, texts))
+        if set(text) & set(OPERATORS.values()) or piece.get(3) == 4 and any("\ue000" <= c <= "\uf8ff" for c in text)
+    ]
 
 
 def check_operators(folder: Path, model: bytes) -> None:
-    """ShardError if validation tokens hold case operators, but no sidecar counts the bytes of the original text: a table of pieces counts
-    an operator as text, and bits per byte come out 3 to 12 % too good. For shards without a manifest that explains them."""
+    """ShardError if validation tokens hold case operators, but no sidecar counts the bytes of the original text: a
+    table of pieces counts an operator as text, and bits per byte come out 3 to 12 % too good. For shards without a
+    manifest that explains them.
+    """
     operators = operators_of(model)
     if not operators or split_paths(folder, "val_bytes"):
         return
     count = sum(int(np.isin(part, operators).sum()) for path in split_paths(folder, "val") for part in chunks(path))
     if count:
-        raise ShardError(f"{folder}: {count:,} validation tokens are case operators, which stand for no text, but there are no byte "
-                         "sidecars (fineweb_val_bytes_*.bin): fetch them with their shards, or make the shards again")
+        raise ShardError(
+            f"{folder}: {count:,} validation tokens are case operators, which stand for no text, but there are no byte "
+            "sidecars (fineweb_val_bytes_*.bin): fetch them with their shards, or make the shards again"
+        )
 
 
 def sized(folder: Path, split: str, coder: Coder) -> Iterator[tuple[np.ndarray, int]]:
-    """(tokens, bytes) of each document of a split, by the sidecars where there are some. ShardError if they do not fit."""
+    """(tokens, bytes) of each document of a split, by its sidecars if there are any. ShardError if they do not fit."""
     sidecars = split_paths(folder, f"{split}_bytes")
     entries = np.concatenate([read_shard(path) for path in sidecars]) if sidecars else None
     at = 0
     for tokens in documents(split_paths(folder, split)):
         if int(tokens.max()) >= len(coder.pieces):
             raise ShardError(f"{folder}: token {int(tokens.max())}, but the tokenizer has {len(coder.pieces)} pieces")
-        sizes = coder.table.sizes(tokens) if entries is None else entries[at:at + len(tokens)]
+        sizes = coder.table.sizes(tokens) if entries is None else entries[at : at + len(tokens)]
         at += len(tokens)
         yield tokens, int(sizes.sum(dtype=np.int64))
     if entries is not None and at != len(entries):

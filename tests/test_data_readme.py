@@ -1,4 +1,5 @@
 """The commands of data/README.md and of the scripts' docstrings are ones that the scripts understand."""
+
 import re
 import shlex
 import sys
@@ -36,6 +37,6 @@ def test_a_script_understands_its_commands(script, args):
 
 
 def test_a_mistyped_command_is_found():
-    (script, args), = commands("$ python data/prepare.py docs.jsonl --vocab-sise 5")
+    ((script, args),) = commands("$ python data/prepare.py docs.jsonl --vocab-sise 5")
     with pytest.raises(SystemExit):
         PARSERS[script]().parse_args(args)

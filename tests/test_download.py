@@ -1,4 +1,5 @@
 """The downloader against a local server that speaks the hub's protocol: layout, checks, resumption, and every fault."""
+
 import errno
 import json
 import os
@@ -23,19 +24,28 @@ cut, wrong, busy, missing = local.cut, local.wrong, local.busy, local.missing
 
 @pytest.fixture
 def remote(tmp_path_factory, monkeypatch):
-    """A published data set of three training shards, one validation shard with sidecar, tokenizers, documents, a manifest."""
+    """A published data set of three training shards, one validation shard with sidecar, tokenizers, documents, a
+    manifest.
+    """
     root = tmp_path_factory.mktemp("remote")
     for i, name in enumerate([*TRAIN, VAL, "fineweb_val_bytes_000000.bin"]):
         write_shard(root / SET / name, [1, 5, 6, i + 7] * 500)
     write_shard(root / "datasets/datasets/fineweb10B_sp6/fineweb_val_000000.bin", [1, 5])
-    for name, text in {"tokenizers/fineweb_64_bpe.model": "model", "tokenizers/fineweb_64_bpe.vocab": "vocabulary",
-                       "tokenizers/fineweb_6_bpe.model": "another", "manifest.json": '{"num_docs": 3}',
-                       "docs_selected.jsonl": '{"text": "a"}\n', "docs_selected.source_manifest.json": '{"num_docs": 1}'}.items():
+    for name, text in {
+        "tokenizers/fineweb_64_bpe.model": "model",
+        "tokenizers/fineweb_64_bpe.vocab": "vocabulary",
+        "tokenizers/fineweb_6_bpe.model": "another",
+        "manifest.json": '{"num_docs": 3}',
+        "docs_selected.jsonl": '{"text": "a"}\n',
+        "docs_selected.source_manifest.json": '{"num_docs": 1}',
+    }.items():
         (root / "datasets" / name).parent.mkdir(exist_ok=True)
         (root / "datasets" / name).write_text(text)
     server = local.Hub(root)
     monkeypatch.setenv("HF_ENDPOINT", server.url)
-    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)  # what the library holds back; really 10 MB
+    monkeypatch.setattr(
+        "huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000
+    )  # what the library holds back; really 10 MB
     nap = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: nap(min(seconds, 0.01)))
     yield server
@@ -43,7 +53,9 @@ def remote(tmp_path_factory, monkeypatch):
 
 
 def fetch(folder, *more, variant="sp64", shards="2") -> int:
-    return fetcher.main(["--repo", "owner/name", "--variant", variant, "--train-shards", shards, "--data-dir", str(folder), *more])
+    return fetcher.main(
+        ["--repo", "owner/name", "--variant", variant, "--train-shards", shards, "--data-dir", str(folder), *more]
+    )
 
 
 def visible(folder) -> set[str]:
@@ -52,7 +64,9 @@ def visible(folder) -> set[str]:
 
 
 WANTED = {f"{PLACE}/{name}" for name in (*TRAIN[:2], VAL, "fineweb_val_bytes_000000.bin")} | {
-    "tokenizers/fineweb_64_bpe.model", "tokenizers/fineweb_64_bpe.vocab"}
+    "tokenizers/fineweb_64_bpe.model",
+    "tokenizers/fineweb_64_bpe.vocab",
+}
 
 
 def test_files_land_in_the_layout_that_training_reads(remote, tmp_path):
@@ -114,10 +128,15 @@ def test_caseops_sets_without_sidecars_are_warned_of(remote, tmp_path, capsys, s
     for place in remote.root.rglob("fineweb_64_bpe.model"):
         place.write_bytes(made["tokenizer"].read_bytes())
     assert fetch(tmp_path / "data", "--skip-manifest") == 0
-    assert bool(re.search(r"warning: .*sp64: [\d,]+ validation tokens are case operators", capsys.readouterr().out)) != sidecar
+    assert (
+        bool(re.search(r"warning: .*sp64: [\d,]+ validation tokens are case operators", capsys.readouterr().out))
+        != sidecar
+    )
 
 
-@pytest.mark.parametrize("foreign", [{"datasets": [{"name": "fineweb10B_sp64"}]}, {"version": "10B", "files": ["a.bin"], "upstream": {}}])
+@pytest.mark.parametrize(
+    "foreign", [{"datasets": [{"name": "fineweb10B_sp64"}]}, {"version": "10B", "files": ["a.bin"], "upstream": {}}]
+)
 def test_another_tools_manifest_is_kept_and_not_believed(remote, tmp_path, capsys, foreign):
     """The contest's own scripts put a manifest.json at the same place."""
     (tmp_path / "manifest.json").write_text(json.dumps(foreign))
@@ -196,7 +215,9 @@ def test_wrong_bytes_are_fetched_again_once(remote, tmp_path):
 
 def test_bytes_that_stay_wrong_never_get_their_name(remote, tmp_path):
     remote.plant(f"/cdn/x/x/x/x/{SET}/{VAL}", wrong, 9)
-    with pytest.raises(SystemExit, match=rf"{VAL} .*damaged twice: its sha256(.|\n)*1 files are missing; run this again"):
+    with pytest.raises(
+        SystemExit, match=rf"{VAL} .*damaged twice: its sha256(.|\n)*1 files are missing; run this again"
+    ):
         fetch(tmp_path)
     assert visible(tmp_path) == WANTED - {f"{PLACE}/{VAL}"} | {"manifest.json"}, "the other files are kept"
 
@@ -264,10 +285,25 @@ def test_a_killed_download_goes_on_where_it_was(remote, tmp_path):
 
     write_shard(remote.root / SET / VAL, [1] * 12_000_000)
     remote.plant(f"/cdn/x/x/x/x/{SET}/{VAL}", stall)
-    command = [sys.executable, str(SCRIPT), "--repo", "owner/name", "--variant", "sp64", "--train-shards", "0",
-               "--skip-manifest", "--data-dir", str(tmp_path)]
-    run = subprocess.Popen(command, env={**os.environ, "HF_ENDPOINT": remote.url, "HF_HUB_DOWNLOAD_TIMEOUT": "20"},
-                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--repo",
+        "owner/name",
+        "--variant",
+        "sp64",
+        "--train-shards",
+        "0",
+        "--skip-manifest",
+        "--data-dir",
+        str(tmp_path),
+    ]
+    run = subprocess.Popen(
+        command,
+        env={**os.environ, "HF_ENDPOINT": remote.url, "HF_HUB_DOWNLOAD_TIMEOUT": "20"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     partial, deadline = tmp_path / PLACE / f".{VAL}.partial", time.monotonic() + 20
     while time.monotonic() < deadline and not (halted.is_set() and partial.is_file() and partial.stat().st_size > 0):
         threading.Event().wait(0.02)
@@ -278,7 +314,9 @@ def test_a_killed_download_goes_on_where_it_was(remote, tmp_path):
     assert 0 < size < 24_001_024 and f"{PLACE}/{VAL}" not in visible(tmp_path)
     remote.requests.clear()
     assert fetch(tmp_path, "--skip-manifest", shards="0") == 0
-    assert f"bytes={size}-" in {r for path, r in remote.requests if path.endswith(VAL)} and fetcher.verify(tmp_path) == 0
+    assert (
+        f"bytes={size}-" in {r for path, r in remote.requests if path.endswith(VAL)} and fetcher.verify(tmp_path) == 0
+    )
 
 
 def test_an_unknown_variant_is_named_with_those_there_are(remote, tmp_path):
@@ -287,14 +325,29 @@ def test_an_unknown_variant_is_named_with_those_there_are(remote, tmp_path):
 
 
 def test_fewer_shards_than_asked_for_are_said(remote, tmp_path, capsys):
-    assert fetch(tmp_path, shards="80") == 0 and "3 training shards of sp64, 80 were asked for" in capsys.readouterr().out
+    assert (
+        fetch(tmp_path, shards="80") == 0 and "3 training shards of sp64, 80 were asked for" in capsys.readouterr().out
+    )
 
 
-@pytest.mark.parametrize("variant, names, expected", [
-    ("sp8192", ["a/fineweb_8192_bpe.model", "a/fineweb_8192_bpe_caps_v1.model", "a/fineweb_1024_bpe.model"], ["a/fineweb_8192_bpe.model"]),
-    ("sp8192_caps_v1", ["a/fineweb_8192_bpe.model", "a/fineweb_8192_bpe_caps_v1.model"], ["a/fineweb_8192_bpe_caps_v1.model"]),
-    ("sp8192_other", ["a/fineweb_8192_bpe.model", "a/b_81920.model"], ["a/fineweb_8192_bpe.model"]),
-    ("byte260", ["a/fineweb_pure_byte_260.json", "a/manifest_260.json"], ["a/fineweb_pure_byte_260.json"]), ("odd", ["a/x_1.model"], [])])
+@pytest.mark.parametrize(
+    "variant, names, expected",
+    [
+        (
+            "sp8192",
+            ["a/fineweb_8192_bpe.model", "a/fineweb_8192_bpe_caps_v1.model", "a/fineweb_1024_bpe.model"],
+            ["a/fineweb_8192_bpe.model"],
+        ),
+        (
+            "sp8192_caps_v1",
+            ["a/fineweb_8192_bpe.model", "a/fineweb_8192_bpe_caps_v1.model"],
+            ["a/fineweb_8192_bpe_caps_v1.model"],
+        ),
+        ("sp8192_other", ["a/fineweb_8192_bpe.model", "a/b_81920.model"], ["a/fineweb_8192_bpe.model"]),
+        ("byte260", ["a/fineweb_pure_byte_260.json", "a/manifest_260.json"], ["a/fineweb_pure_byte_260.json"]),
+        ("odd", ["a/x_1.model"], []),
+    ],
+)
 def test_tokenizers_of_other_publishers_are_found(variant, names, expected):
     assert fetcher.tokenizers(names, variant) == expected
 

@@ -130,7 +130,7 @@ def test_round_trip_against_normalised_text(full, tokenizer):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_bytes_agree_with_the_contest_byte_table(full, tokenizer, split):
-    """The contest counts bytes by table: 1 for a byte piece, UTF-8 length without ▁, and 1 for ▁ after a real token."""
+    """The contest counts by table: 1 for a byte piece, UTF-8 length without ▁, and 1 for ▁ after a real token."""
     base, space = np.zeros(1024, dtype=int), np.zeros(1024, dtype=int)
     for i in range(4, 1024):
         piece = tokenizer.id_to_piece(i)

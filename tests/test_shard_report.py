@@ -1,4 +1,5 @@
 """The tokenizer report: its figures against a plain count, sidecars, pictures, and what it refuses."""
+
 import json
 import sys
 
@@ -12,7 +13,9 @@ import shard_report as report
 import shards
 import sources
 
-TEXTS = [f"The word {i} is one of many that NATO wrote, said Paris. " * (i % 5 + 1) for i in range(120)] + ["汉语 漢字 " * 30]
+TEXTS = [f"The word {i} is one of many that NATO wrote, said Paris. " * (i % 5 + 1) for i in range(120)] + [
+    "汉语 漢字 " * 30
+]
 
 
 @pytest.fixture(scope="module")
@@ -31,12 +34,16 @@ def test_figures_are_those_of_a_plain_count(made):
         table, encoded = stats[split].table(), [coder.encode(t) for t in texts]
         tokens = np.concatenate(encoded)
         text = [coder.decode(e) for e in encoded]
-        assert (table["documents"], table["tokens"], table["bytes of text"]) == (len(texts), len(tokens), sum(len(t.encode()) for t in text))
+        assert (table["documents"], table["tokens"], table["bytes of text"]) == (
+            len(texts),
+            len(tokens),
+            sum(len(t.encode()) for t in text),
+        )
         assert table["bytes per token"] == round(table["bytes of text"] / len(tokens), 4)
         assert table["tokens per document, most"] == max(map(len, encoded))
         assert table["pieces never used"] == 300 - len(set(tokens.tolist()))
         counts = sorted(np.bincount(tokens).tolist(), reverse=True)
-        assert sum(counts[:table["pieces that make half of the tokens"]]) * 2 >= len(tokens)
+        assert sum(counts[: table["pieces that make half of the tokens"]]) * 2 >= len(tokens)
 
 
 def test_the_worst_document_is_the_one_that_the_vocabulary_does_not_know(made):
@@ -63,7 +70,9 @@ def test_shards_without_a_manifest_need_the_tokenizer(made, tmp_path):
     with pytest.raises(SystemExit, match="no manifest names the tokenizer"):
         report.main([str(folder)])
     stats, _ = report.report(folder, made.parent.parent / "tokenizers/toy.model")
-    assert stats["val"].table()["bytes of text"] == report.report(made)[0]["val"].table()["bytes of text"], "by the sidecar"
+    assert stats["val"].table()["bytes of text"] == report.report(made)[0]["val"].table()["bytes of text"], (
+        "by the sidecar"
+    )
 
 
 def test_what_does_not_fit_is_refused(made, tmp_path):
