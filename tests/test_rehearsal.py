@@ -31,7 +31,7 @@ def cut(tokens):
     return [bytes(d.tobytes()) for d in np.split(tokens, np.flatnonzero(tokens == 1))[1:]]
 
 
-@pytest.mark.parametrize("count, left", [(40, [0, 1]), (100, [0]), (150, [])])
+@pytest.mark.parametrize("count, left", [(40, [0, 1]), (85, [0]), (150, [])])
 def test_a_set_of_a_given_size_is_made_of_whole_documents(count, left, tmp_path):
     """Those of the bench's own set first, others from training shards that are not trained on; few shards are shared out."""
     data = shards(tmp_path / "bench")
@@ -126,3 +126,48 @@ def test_the_whole_script_in_small(corpus, tmp_path):
     assert f'"documents": {count}' in told and "training" in told and "final_int6_ttt_exact" in told and "exit status 0" in told
     assert told.count("verdict: ") == 1 and told.rstrip().endswith("all within the contest's limits")
     assert "nothing here reads" not in told  # the script's own variables stay out of the program's environment
+
+
+class Card:
+    """A GPU's memory as torch and the driver deal with it: two MiB at a time, and small tensors from pieces of twenty."""
+
+    def __init__(self, total):
+        self.total = self.left = total
+        self.cuda = self
+        self.uint8 = None
+
+    def mem_get_info(self, gpu):
+        return self.left, self.total
+
+    def synchronize(self, gpu):
+        pass
+
+    def zeros(self, count, device):
+        self.left -= (500 << 20) + (2 << 20)  # the context, too
+
+    def empty(self, size, dtype, device):
+        self.left -= -(-(size if size >= 10 << 20 else 20 << 20) // (2 << 20)) * (2 << 20)
+        assert self.left >= 0
+
+
+@pytest.mark.parametrize("gib", [24, 48, 80.5, 138.98])
+def test_a_hog_leaves_what_it_was_told_to(gib, monkeypatch):
+    hog, card = load_by_path("hog", GPU / "hog.py"), Card(143771 << 20)
+    monkeypatch.setattr(hog, "torch", card)
+    hog.take(0, int(gib * 2 ** 30))
+    assert 0 <= card.left - gib * 2 ** 30 < 16 << 20
+    with pytest.raises(SystemExit, match="fewer than 139.50"):
+        hog.take(0, int(139.5 * 2 ** 30))
+
+
+def test_ten_runs_are_counted_and_gone_on_with(corpus, tmp_path):
+    """Two small ones side by side, on a CPU, through the wrapper that forces collections; made again, nothing is left to do."""
+    shell = environment({"DATA": corpus.data, "OUT": tmp_path, "TOKENIZER": corpus.tokenizer, "LIMIT": 150})
+    knobs = [f"{k}={v}" for k, v in (SMALL | {"TTT_SLOTS": 2, "SLIDING_WINDOW_ENABLED": 0, "ITERATIONS": 3}).items()]
+    for runs, seconds in (2, 120), (2, 5), (3, 5):
+        if runs == 3:
+            shell["LIMIT"] = "1"
+        done = subprocess.run([str(GPU / "ten_runs.sh"), str(runs), "2", *knobs], env=shell, capture_output=True, text=True, timeout=seconds)
+        assert done.returncode == (runs == 3), done.stdout + done.stderr
+        assert f"2 of {runs} runs ended with a good verdict" in done.stdout and done.stdout.count("verdict: ") == 2
+        assert done.stdout.count("forced collections: 0 inside") == 2 and ("run 3: not begun" in done.stdout) == (runs == 3)

@@ -3,6 +3,8 @@
     rehearsal.py build DATA FOLDER [DOCUMENTS TOKENS SHARDS]    shards of any corpus -> FOLDER: one validation shard, SHARDS training shards
     rehearsal.py run GPUS OUT LIMIT [KNOB=VALUE ...]            train, pack, score, adapt; the console with times and the GPUs' memory -> OUT
     rehearsal.py report GPUS OUT                                the table; exit status 1 if a rule of the contest did not hold
+    rehearsal.py phases OUT [MIB]                               its seconds and memory by phase, less MIB that other processes have in use
+    rehearsal.py lines OUT PATTERN                              lines of the console that begin with a pattern
 
 No comparison of scores comes from it: what it shows is whether 50,000 documents fit into ten minutes and 80 GB.
 """
@@ -176,9 +178,23 @@ def in_phases(events: list[dict]) -> tuple[dict[str, float], dict[str, dict[int,
     return seconds, memory
 
 
+def show_phases(events: list[dict], others: int = 0) -> None:
+    """A line per phase: seconds, and the most memory in use, less what other processes have, in MiB."""
+    seconds, memory = in_phases(events)
+    for phase, took in seconds.items():
+        most = ", ".join(f"GPU {g} {m - others} MiB" for g, m in sorted(memory.get(phase, {}).items()) if m > others)
+        print(f"| {phase:36s} {took:7.1f} s{f', at most {most} in use' * bool(most)}")
+
+
+def watched(out: Path) -> list[dict]:
+    """What `run` wrote; nothing where it did not come to that."""
+    path = out / "watched.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.is_file() else []
+
+
 def report(gpus: int, out: Path) -> list[str]:
     """Print the table; returns what was against the contest's rules."""
-    events = [json.loads(line) for line in (out / "watched.jsonl").read_text().splitlines()]
+    events = watched(out)
     lines = [e["line"] for e in events if "line" in e]
 
     def found(pattern):
@@ -187,7 +203,7 @@ def report(gpus: int, out: Path) -> list[str]:
     def show(label, texts):
         for i, text in enumerate(texts or ["-"]):
             print(f"| {'' if i else label:18s} | {text}")
-    (seconds, memory), broken = in_phases(events), []
+    (_, memory), broken = in_phases(events), []
     print("\n" + "=" * 40 + f" rehearsal on {gpus or 'no'} GPU{'s' * (gpus != 1)}")
     built = out / "data" / "built.json"
     show("data", [built.read_text()] if built.is_file() else [])
@@ -196,9 +212,7 @@ def report(gpus: int, out: Path) -> list[str]:
     show("steps", [m[0] for m in found(r"stopping_early.*|launch_to_first_step.*|phase with.*")])
     show("size", [m[0] for m in found(r"Total submission size.*")])
     show("memory, as logged", [m[0] for m in found(r"peak memory.*|memory:.*")])
-    for phase, took in seconds.items():
-        most = ", ".join(f"GPU {g} {m} MiB" for g, m in sorted(memory.get(phase, {}).items()))
-        show(phase[:18], [f"{took:7.1f} s{f', at most {most} in use' * bool(most)}"])
+    show_phases(events)
     show("spans", [m[1] for m in found(r"spans: (.*)")])
     show("scores", [m[0] for m in found(r"(diagnostic|final_int)\S* .*")] + [m[0] for m in found(r"(result|ledger \w+|val_bpb:\d).*")])
     show("warnings", sorted({m[1] for m in found(r"!! (.*)")}))
@@ -226,6 +240,12 @@ def main(arguments: list[str]) -> int:
     what, *rest = arguments
     if what == "build":
         print("data:", json.dumps(build(Path(rest[0]), Path(rest[1]), *map(int, rest[2:]))))
+        return 0
+    if what == "lines":
+        print("\n".join(dict.fromkeys(e["line"] for e in watched(Path(rest[0])) if re.match(rest[1], e.get("line", "")))))
+        return 0
+    if what == "phases":
+        show_phases(watched(Path(rest[0])), int(rest[1] or 0) if len(rest) > 1 else 0)
         return 0
     if what == "run":
         return run(int(rest[0]), Path(rest[1]), float(rest[2]), rest[3:])
