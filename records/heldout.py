@@ -411,7 +411,7 @@ def evaluate(
         **({"TOKENIZER_PATH": str(tokenizer.resolve())} if tokenizer else {}),
     }
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    done = subprocess.run([sys.executable, *launcher, str(code)], env=env, text=True, capture_output=True, cwd=out)
+    done = subprocess.run([sys.executable, *launcher, str(code)], env=env, text=True, capture_output=True)
     log = out / f"{artifact.stem}.heldout.jsonl"
     run = runs.load(log) if log.is_file() else None
     if run is None or not run.scores:
