@@ -3,9 +3,11 @@
     python records/compare.py A B [--mode ttt] [--json]
 
 A and B are each a folder of runs (a record's, or an ARTIFACT_DIR), a .jsonl or .log file, a RUN_ID's path, or a quoted
-glob such as 'logs/sparse.s*'. Record folders of others are read from their logs, or from submission.json alone. The margin
-is 0.005 nats a token, so in bits a byte it depends on the tokenizer; both units are shown, and where the tokenizers
-differ only bits a byte are compared. Exit status 0 whatever the answer, 2 if it cannot be computed.
+glob such as 'logs/sparse.s*'. Record folders of others are read from their logs, in sub-folders too, or from
+submission.json alone, which is then said. A run's score is that of the pass that is reported (runs.result_pass); where
+that does not show, all scores are listed. The margin is 0.005 nats a token, so in bits a byte it depends on the
+tokenizer; both units are shown, and where the tokenizers differ only bits a byte are compared. Exit status 0 whatever
+the answer, 2 if it cannot be computed.
 """
 import argparse
 import json
@@ -25,6 +27,8 @@ class Side:
     loss: dict
     rate: float  # bits a byte for a nat a token
     documents: stats.Documents | None = None
+    passes: tuple = ()  # names of those that the scores are of
+    source: str = "logs"
 
 
 def side(what: str, mode: str | None) -> Side:
@@ -41,20 +45,18 @@ def side(what: str, mode: str | None) -> Side:
         raise runs.Unreadable(f"{what}: no finished run")
     scores = {}
     for i, run in enumerate(found):
-        score = run.scores.get(mode) if mode else run.final
-        if score is None:
-            raise runs.Unreadable(f"{run.path}: no score named {mode}; it has {', '.join(run.scores)}")
+        score = runs.result(run, mode)
         seed = i if run.seed is None else run.seed
         if seed in scores:
             raise runs.Unreadable(f"{what}: two runs of seed {seed} ({run.path.name}); name fewer runs")
         scores[seed] = score
     return Side(what, {s: x.bpb for s, x in scores.items()}, {s: x.loss for s, x in scores.items()},
-                found[0].rate, documents_of(found, mode))
+                found[0].rate, documents_of(found, mode), tuple(sorted({mode or runs.result_pass(r) for r in found})))
 
 
 def documents_of(found: list, mode: str | None) -> stats.Documents | None:
     """Per-document losses of all runs of a side, or None if one of them did not save them."""
-    names = [mode or next(n for n, s in r.scores.items() if s is r.final) for r in found]
+    names = [mode or runs.result_pass(r) for r in found]
     paths = [r.beside(f".{n}.docs.npz") for r, n in zip(found, names)]
     return stats.read_documents(paths) if all(p.is_file() for p in paths) else None
 
@@ -63,11 +65,10 @@ def from_submission(folder: Path) -> Side:
     """A record folder whose logs are missing: what its submission.json says of every seed."""
     told = json.loads((folder / "submission.json").read_text(encoding="utf-8"))
     table = told.get("seed_results") or {"0": told}
-    bpb = {int(s): float(x["val_bpb"]) for s, x in table.items() if isinstance(x, dict) and x.get("val_bpb")}
-    loss = {int(s): float(x["val_loss"]) for s, x in table.items() if isinstance(x, dict) and x.get("val_loss")}
+    bpb, loss = runs.seed_scores(table), runs.seed_scores(table, "val_loss")
     if not bpb or not told.get("val_loss"):
         raise runs.Unreadable(f"{folder}: no logs, and submission.json lacks seed_results or val_loss")
-    return Side(str(folder), bpb, loss, float(told["val_bpb"]) / float(told["val_loss"]))
+    return Side(str(folder), bpb, loss, float(told["val_bpb"]) / float(told["val_loss"]), source="submission.json")
 
 
 def compare(a: Side, b: Side) -> dict:
@@ -96,7 +97,8 @@ def as_dict(interval: stats.Interval | None) -> dict | None:
 
 def describe(s: Side) -> dict:
     values = list(s.bpb.values())
-    return {"name": s.name, "n": len(values), "mean_bpb": runs.mean(values), "sd_bpb": runs.spread(values),
+    return {"name": s.name, "source": s.source, "passes": list(s.passes), "n": len(values),
+            "mean_bpb": runs.mean(values), "sd_bpb": runs.spread(values),
             "mean_nats": runs.mean(s.loss.values()) if s.loss else None, "seeds": sorted(s.bpb)}
 
 
@@ -106,8 +108,13 @@ def lines(r: dict) -> list[str]:
     for key in ("a", "b"):
         s = r[key]
         nats = f" = {s['mean_nats']:.6f} nats a token" if s["mean_nats"] else ""
+        passes = f"; pass {', '.join(s['passes'])}" if s["passes"] else ""
         out.append(f"{key.upper()}: {s['mean_bpb']:.6f} bpb{nats}, seed sd {s['sd_bpb']:.6f}, n = {s['n']} "
-                   f"(seeds {', '.join(map(str, s['seeds']))})  {s['name']}")
+                   f"(seeds {', '.join(map(str, s['seeds']))}{passes})  {s['name']}")
+        if s["source"] != "logs":
+            out.append(f"   no log of a finished run lies in this folder: these are the word of its {s['source']}")
+    if r["a"]["passes"] and r["b"]["passes"] and r["a"]["passes"] != r["b"]["passes"]:
+        out.append("the two sides' results are of differently named passes")
     nats = f" = {r['nats']['zero']['difference']:+.6f} nats" if "nats" in r else ""
     out.append(f"A - B: {r['bpb']['zero']['difference']:+.6f} bpb{nats} (negative: A is better)")
     out.append(f"the contest's margin: {r['margin_nats']} nats a token = {r['margin_bpb']:.6f} bpb for this tokenizer"
@@ -139,7 +146,7 @@ def main(args: list[str] | None = None) -> int:
     """Command line; exit status 2 if a side cannot be read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("a"), parser.add_argument("b")
-    parser.add_argument("--mode", help="compare this pass (full, sliding, ttt) instead of each run's best")
+    parser.add_argument("--mode", help="compare this pass (full, sliding, ttt) instead of each run's result")
     parser.add_argument("--json", action="store_true", help="all figures as JSON")
     given = parser.parse_args(args)
     try:

@@ -166,6 +166,19 @@ def stage_scores(run: runs.Run) -> dict[str, float]:
     return {label: known[key].bpb for key, label in STAGES if key in known}
 
 
+def stages_to_result(run: runs.Run) -> dict[str, float]:
+    """Stage -> bpb up to the pass that is the run's result, so that a picture ends with the number of the table.
+
+    Passes behind it in STAGES are only in the table of runs. Others' passes have other names and come last.
+    """
+    stages, result = stage_scores(run), runs.result_pass(run)
+    labels = dict(STAGES)
+    if result in labels:
+        order = list(labels.values())
+        return {n: v for n, v in stages.items() if order.index(n) <= order.index(labels[result])}
+    return {**stages, result: run.final.bpb} if result else stages
+
+
 def waterfall(groups: dict[str, list[runs.Run]], most: int = 6) -> Figure:
     """bpb from raw weights to the final score, means over seeds, a panel a recipe; all panels share one scale."""
     stages = {n: mean_stages(g) for n, g in groups.items()}
@@ -182,7 +195,10 @@ def waterfall(groups: dict[str, list[runs.Run]], most: int = 6) -> Figure:
         ax.set_ylim(min(values) - 2 * room, max(values) + room)  # a bar from zero would hide all differences
         draw_waterfall(ax, stages[name])
         ends = [r.final.bpb for r in groups[name] if r.final]
-        ax.set_title(f"{name}\n" + (f"n = {len(ends)}, seed sd {runs.spread(ends):.4f}" if len(ends) > 1 else "n = 1"))
+        words = f"n = {len(ends)}" + (f", seed sd {runs.spread(ends):.4f}" if len(ends) > 1 else "")
+        if not ends:
+            words = "undecided which score is the result" if any(r.scores for r in groups[name]) else "no result"
+        ax.set_title(f"{name}\n{words}")
     for ax in axes[:, 0]:
         ax.set_ylabel("bits per byte")
     if not names:
@@ -193,9 +209,10 @@ def waterfall(groups: dict[str, list[runs.Run]], most: int = 6) -> Figure:
 
 
 def mean_stages(members: list[runs.Run]) -> dict[str, float]:
-    """Stage -> mean bpb over the runs that have scores, for the stages that all of these have."""
-    scored = [s for s in map(stage_scores, members) if s]
-    return {label: runs.mean(s[label] for s in scored) for _, label in STAGES if scored and all(label in s for s in scored)}
+    """Stage -> mean bpb over the runs that have a result, or else over all, for the stages that all of these have."""
+    scored = [s for s in map(stages_to_result, [r for r in members if r.final] or members) if s]
+    shared = [label for label in (scored[0] if scored else ()) if all(label in s for s in scored)]
+    return {label: runs.mean(s[label] for s in scored) for label in shared}
 
 
 def draw_waterfall(ax, stages: dict[str, float]) -> None:
@@ -342,26 +359,36 @@ def html_table(head: list[str], rows: list[list[str]]) -> str:
 
 def runs_table(groups: dict[str, list[runs.Run]]) -> str:
     """A row a run: what it was and what came of it."""
-    head = ["run", "seed", "recipe", "steps", "ms a step", *(label.replace("\n", " ") for _, label in STAGES), "bytes", "train s",
-            "eval s", "end"]
+    head = ["run", "seed", "recipe", "steps", "ms a step", *(label.replace("\n", " ") for _, label in STAGES), "result",
+            "bytes", "train s", "eval s", "end"]
     rows = []
     for name, members in groups.items():
         for r in members:
             stages, end = stage_scores(r), how_it_ended(r)
-            fine = end in ("legal", "no verdict")
+            fine = r.finished and not r.failures
             rows.append([html.escape(name), r.seed, r.recipe or "", r.steps or "", f"{r.step_ms:.1f}" if r.step_ms else "",
                          *(f"{stages[label]:.5f}" if label in stages else "" for _, label in STAGES),
+                         html.escape(result_text(r)),
                          f"{r.total:,}" if r.total else "", f"{r.train_seconds:.1f}" if r.train_seconds else "",
                          f"{r.eval_seconds:.1f}" if r.eval_seconds else "",
                          html.escape(end) if fine else f'<span class="bad">{html.escape(end)}</span>'])
     return html_table(head, rows)
 
 
+def result_text(run: runs.Run) -> str:
+    """The score that counts and its pass, or what there is to choose from."""
+    if run.final:
+        return f"{run.final.bpb:.5f} {runs.result_pass(run)}"
+    return f"undecided: {runs.scores_text(run)}" if run.scores else ""
+
+
 def how_it_ended(run: runs.Run) -> str:
     """In a word or the run's own; foreign logs give no verdict."""
     if not run.finished:
         return "unfinished"
-    return "no verdict" if run.dialect == "upstream" else "; ".join(run.failures) or "legal"
+    if run.dialect == "upstream":
+        return "no verdict"
+    return ("; ".join(run.failures) or "legal") + "".join(f"; but {c}" for c in run.caveats)
 
 
 def knobs_table(groups: dict[str, list[runs.Run]]) -> str:

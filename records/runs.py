@@ -10,6 +10,7 @@ import base64
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import lzma
 import math
@@ -17,6 +18,7 @@ import re
 import statistics
 import struct
 import sys
+import tokenize
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +78,10 @@ class Run:
     steps: int | None = None
     params: int | None = None
     best: float | None = None  # the val_bpb that the run itself calls its result
+    headline: str | None = None  # the pass that is the result, where the run or its submission says so
+    packed_sha: str | None = None  # of the packed code that the run counted
     failures: list | None = None  # None: the run did not reach its end
+    caveats: list = field(default_factory=list)  # what a legal verdict adds behind "but"
     warnings: list = field(default_factory=list)
 
     @property
@@ -86,10 +91,8 @@ class Run:
 
     @property
     def final(self) -> Score | None:
-        """The score that counts: our runs report their best pass, others' logs end with it."""
-        if not self.scores:
-            return None
-        return list(self.scores.values())[-1] if self.dialect == "upstream" else min(self.scores.values(), key=lambda s: s.bpb)
+        """The score that counts, by the label of its pass; None if there is none or it cannot be told which it is."""
+        return self.scores.get(result_pass(self))
 
     @property
     def total(self) -> int | None:
@@ -124,6 +127,15 @@ class Run:
     def beside(self, suffix: str) -> Path:
         """A file of this run that lies beside its log: RUN_ID + suffix."""
         return self.path.with_name(self.path.stem + suffix)
+
+
+def last_step_seconds(run: Run) -> float:
+    """Seconds of a step at the end of training: between the last two losses; the mean if these are rounded or missing."""
+    mean = (run.step_ms or 0.0) / 1000
+    if len(run.train) < 2 or run.train[-1].step <= run.train[-2].step:
+        return mean
+    before, after = run.train[-2:]
+    return max(mean, (after.seconds - before.seconds) / (after.step - before.step))
 
 
 def spent(spans: dict, names: tuple) -> float:
@@ -180,8 +192,11 @@ def book(run: Run, event: dict) -> None:
         run.phases.append(event)
         run.steps = (run.steps or 0) + event["steps"]
     elif kind == "result":
-        run.failures, run.best = event["failures"], min(s["val_bpb"] for s in event["results"].values())
+        run.failures, run.headline = event["failures"], event.get("headline")
+        run.caveats = event.get("caveats") or []
         run.size.setdefault("total", event.get("bytes_total"))
+    elif kind == "files":
+        run.packed_sha = event.get("code")
     elif kind in ("validation", "schedules"):
         setattr(run, kind, event)
     elif kind == "warning":
@@ -194,8 +209,10 @@ def book(run: Run, event: dict) -> None:
 NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
 STEP = re.compile(rf"^(?:step:)?(\d+)/\d+ train_loss: ?{NUMBER} train_time: ?{NUMBER}(ms|m|s)\b", re.M)
 CHECK = re.compile(rf"^(?:step:)?(\d+)/\d+ val_loss: ?{NUMBER} val_bpb: ?{NUMBER}", re.M)
-SCORE = re.compile(rf"^((?:diagnostic )?[A-Za-z][\w +-]*?) val_loss: ?{NUMBER} val_bpb: ?{NUMBER}"
-                   rf"(?: eval_time: ?{NUMBER}ms)?", re.M)
+# Words may stand between a label and its score, and behind it, as in `LABEL stride:64 val_loss:..`. A validation during
+# training is no score.
+SCORE = re.compile(rf"^(?!step\b|iter|epoch)([A-Za-z][^\n]*?) val_loss[:=] ?{NUMBER},? val_bpb[:=] ?{NUMBER}"
+                   rf"(?:[^\n]*? eval_time[:=] ?{NUMBER}ms)?", re.M)
 TOTAL = re.compile(r"^Total submission size\b[^:\n]*: (\d+)", re.M)
 MODEL = re.compile(r"^Serialized model [^:\n]+: (\d+)", re.M)
 CODE = re.compile(r"^Code size(?! \(uncompressed)[^:\n]*: (\d+)", re.M)
@@ -207,6 +224,7 @@ LEDGER = re.compile(r"^ledger (\w+): (.*)$", re.M)
 HEADER = re.compile(r"^run_id:(\S*) mode:\w+ preset:\w+ recipe:(\w+) seed:(\d+)$", re.M)
 VERSIONS = re.compile(r"^python (\S+) torch (\S+) numpy \S+ \| (.*?) \| world_size:(\d+) \| source sha256:(\w+)$", re.M)
 FINGERPRINT = re.compile(r"^validation: \{'documents': (\d+), 'tokens': (\d+), 'bytes': (\d+), 'sha256': '(\w+)'\}(.*)$", re.M)
+PROGRAM = re.compile(r"^(?:import|from) \w.*?^(?:def|class) \w", re.M | re.S)
 PASSES = {"roundtrip": "full", "sliding_window": "sliding"}  # labels in our log that the events spell otherwise
 MINUTES = {"ms": 1e-3, "s": 1.0, "m": 60.0}
 
@@ -225,10 +243,11 @@ def from_log(path: Path) -> Run:
 
 
 def split_log(text: str) -> tuple[str | None, str]:
-    """(source code in the log, what stands after it). Blocks lie between rulers; the source is the one that parses."""
+    """(source code in the log, what stands after it). Blocks lie between rulers; the source is the one that is code."""
     blocks = re.split(rf"^{RULER}\n", text, flags=re.M)
     for i, block in enumerate(blocks[:-1]):
-        if "import" in block and parses(block):
+        # a program of a later Python does not parse here, and is one all the same
+        if "import" in block and (parses(block) or PROGRAM.search(block)):
             # our logs end the source with one newline more than the file has
             return block.removesuffix("\n"), "\n".join(blocks[:i] + blocks[i + 1:])
     return None, text
@@ -266,13 +285,15 @@ def read_common(run: Run, body: str) -> None:
 
 def book_score(run: Run, label: str, score: Score, exact: bool) -> None:
     """A score line. Upstream prints a final score twice, rounded with its time and exact without: they are merged."""
-    plain = label.removeprefix("diagnostic ").removesuffix("_exact")
-    final = label.startswith(("final_", "quantized", "legal_ttt"))
-    table = run.scores if final else run.diagnostics
-    before = table.get(plain)
+    plain = re.sub(r"^diagnostic |_exact\b", "", label, flags=re.I)
+    table = run.scores if label.startswith(("final_", "quantized", "legal_ttt")) else run.diagnostics
+    before, count = table.get(plain), 1
+    while before and abs(before.loss - score.loss) > 1e-4:
+        count += 1  # a second pass under one label, which does not replace the first
+        before = table.get(f"{plain} ({count})")
     if before:
         score = Score(score.loss, score.bpb, score.seconds or before.seconds) if exact else before
-    table[plain] = score
+    table[plain if count == 1 else f"{plain} ({count})"] = score
 
 
 def read_ours(run: Run, body: str) -> None:
@@ -298,7 +319,8 @@ def read_ours(run: Run, body: str) -> None:
     run.best = last(re.compile(r"^val_bpb:(\d+\.\d+)", re.M), body, float)
     verdict = re.findall(r"^verdict: (.*)$", body, re.M)
     if verdict:
-        run.failures = [] if verdict[-1].startswith("legal") else [verdict[-1].removeprefix("FAILED: ")]
+        told, *run.caveats = verdict[-1].split("; but ")
+        run.failures = [] if told.startswith("legal") else [told.removeprefix("FAILED: ")]
 
 
 def read_foreign(run: Run, body: str) -> None:
@@ -306,9 +328,9 @@ def read_foreign(run: Run, body: str) -> None:
     run.config = {k.upper(): v for k, v in FOREIGN_KNOB.findall(body)}
     run.seed = last(re.compile(r"^ *seed: ?(\d+)", re.M), body)
     if run.seed is None:
-        named = re.search(r"(?:seed|_s)(\d+)", run.path.stem)
-        run.seed = int(named[1]) if named else None
+        run.seed = named_seed(run.path)
     run.world = last(re.compile(r"\bworld_size: ?(\d+)"), body)
+    run.python = last(re.compile(r"^Running Python (\d+\.\d+[.\d]*)", re.M), body, str)
     tokens = last(re.compile(r"^val_(?:tokens|loader:.*tokens): ?(\d+)", re.M), body)
     run.validation = {"tokens": tokens} if tokens else {}
     hessians = last(HESSIANS, body, float)
@@ -320,6 +342,145 @@ def read_foreign(run: Run, body: str) -> None:
         run.spans["eval_full"] = total or sum(seconds)
     device = re.search(r"NVIDIA [A-Z0-9][\w -]*?(?=  |\n|$)", body)
     run.device = device[0].strip() if device else None
+
+
+def named_seed(path: Path) -> int | None:
+    """The seed in a log's name, or in that of the sub-folder which a record gives each of its seeds."""
+    inside = record_folder(path) not in (None, path.parent)
+    for name in (path.stem, path.parent.name if inside else ""):
+        named = re.search(r"(?:seed|_s)_?(\d+)", name)
+        if named:
+            return int(named[1])
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which score is the result
+# ----------------------------------------------------------------------------------------------------------------------
+# the passes of our program, the one that adapts first, and the knobs that switch them on
+ORDER = {"ttt": "TTT_ENABLED", "sliding": "SLIDING_WINDOW_ENABLED", "full": ""}
+UNPACKED = re.compile(r"pre.?quant|ema\b|\braw\b|\bswa\b|average", re.I)  # labels of weights that were not packed
+
+
+def result_pass(run: Run) -> str | None:
+    """The pass whose score is a run's result: never the last one of a log, nor the lowest, but the one that was meant.
+
+    That is what the run or its submission says. Where neither does, our own run's is the last one that its
+    configuration asks for, and a log of others has a result only if all its scores are one number. None if it cannot
+    be told.
+    """
+    if run.headline:
+        wanted = run.headline
+    elif run.dialect == "upstream":
+        wanted = next(iter(run.scores), None) if len({s.bpb for s in run.scores.values()}) == 1 else None
+    else:
+        wanted = next((name for name, knob in ORDER.items() if asked(run, name, knob)), None)
+    return wanted if wanted in run.scores else None
+
+
+def asked(run: Run, name: str, knob: str) -> bool:
+    """Whether the configuration asks for a pass; where it does not say, whether the pass was run."""
+    return str(run.config[knob]) in ("True", "1") if knob in run.config else name in run.scores
+
+
+def result(run: Run, name: str | None = None) -> Score:
+    """The score of the named pass, or else the run's result; Unreadable, with all scores, where there is none."""
+    score = run.scores.get(name) if name else run.final
+    if score is None:
+        what = "undecided which score is the result (--mode names one)"
+        if name or run.headline:
+            what = f"no score named {name}" if name else f"no score of {run.headline}, which is the result"
+        raise Unreadable(f"{run.path}: {what}; it has {scores_text(run) or 'none'}")
+    return score
+
+
+def scores_text(run: Run, most: int = 6) -> str:
+    """All scores with their labels."""
+    told = [f"{name} {s.bpb:.8f}" for name, s in run.scores.items()]
+    return ", ".join(told[:most]) + (f" and {len(told) - most} more" if len(told) > most else "")
+
+
+def decimals(value: float) -> int:
+    """Digits behind the point of a number as it was typed."""
+    text = repr(value)
+    return len(text.partition(".")[2]) if "e" not in text else 12
+
+
+def agrees(told, real: float, floor: float = 1.01e-8) -> bool:
+    """Whether a number in a document is the logs' one, rounded or cut to its own digits (at least four)."""
+    if isinstance(told, bool) or not isinstance(told, (int, float)) or not math.isfinite(told):
+        return False
+    return abs(told - real) <= max(10.0 ** -max(decimals(told), 4), floor)
+
+
+def record_folder(path: Path) -> Path | None:
+    """The record folder that a log lies in, itself or in a sub-folder of it; None if it lies in none."""
+    return next((p for p in list(path.resolve().parents)[:3] if (p / "submission.json").is_file()), None)
+
+
+def settle(found: list[Run], folder: Path) -> None:
+    """Let each run know which pass its record folder reports, where the run itself does not say."""
+    try:
+        told = json.loads((folder / "submission.json").read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError):
+        told = {}
+    told = told if isinstance(told, dict) else {}
+    for run in found:
+        if run.dialect != "upstream" and run.headline is None and isinstance(told.get("headline"), str):
+            run.headline = told["headline"]
+    others = [r for r in found if r.dialect == "upstream"]
+    if others:
+        readme = folder / "README.md"
+        settle_others(others, told, readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else "")
+
+
+def settle_others(found: list[Run], told: dict, readme: str) -> None:
+    """The pass that others report: the label under which the logs have the number of submission.json.
+
+    A seed's own number decides for its log, then the mean of all, then one log's. Without such a number it is that of
+    the README's title, or the only label that the README writes out.
+    """
+    title = re.search(r"^# .*?(\d\.\d{4,})", readme, re.M)
+    claim = told.get("val_bpb", float(title[1]) if title else None)
+    entries = seed_scores(told.get("seed_results"))
+    own = {id(r): agreeing(claims(r), entries.get(r.seed)) for r in found}
+    kinds = [label for labels in own.values() for label in labels]
+    shared = set.intersection(*(set(claims(r)) for r in found))
+    if not kinds:
+        kinds = agreeing({n: Score(0.0, mean(claims(r)[n].bpb for r in found)) for n in shared}, claim)
+    if not kinds:
+        kinds = [label for r in found for label in agreeing(claims(r), claim)]
+    if not kinds:
+        named = {n for r in found for n in r.scores if re.search(rf"\b{re.escape(n)}(?:_exact)?(?![\w-])", readme)}
+        kinds = list(named) if len(named) == 1 else []
+    for run in found:
+        labels = own[id(run)] or [k for k in kinds if k in claims(run)] or kinds
+        if labels:
+            run.headline = labels[0]
+            if labels[0] in run.diagnostics:  # the log calls it a diagnostic, and the submission its result
+                run.scores.setdefault(labels[0], run.diagnostics[labels[0]])
+
+
+def claims(run: Run) -> dict[str, Score]:
+    """What a submission can report: all scores, and of what the log calls diagnostics those of packed weights."""
+    return {**{n: s for n, s in run.diagnostics.items() if not UNPACKED.search(n)}, **run.scores}
+
+
+def agreeing(scores: dict[str, Score], value) -> list[str]:
+    """Labels whose score a document's number is, the nearest first."""
+    labels = [n for n, s in scores.items() if agrees(value, s.bpb)]
+    return sorted(labels, key=lambda n: abs(scores[n].bpb - value))
+
+
+def seed_scores(table, key: str = "val_bpb") -> dict[int, float]:
+    """Seed -> score of a submission's table of seeds; empty if it is none. An entry that is a number is its val_bpb."""
+    found = {}
+    for seed, entry in table.items() if isinstance(table, dict) else ():
+        number = re.search(r"(\d+)$", str(seed))
+        value = entry.get(key) if isinstance(entry, dict) else entry if key == "val_bpb" else None
+        if number and isinstance(value, (int, float)) and not isinstance(value, bool):
+            found[int(number[1])] = value
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -334,16 +495,37 @@ def load(path: Path) -> Run:
             told = from_log(text)
             for name in ("device", "torch", "python", "params", "source", "changed", "checks", "launches"):
                 setattr(run, name, getattr(told, name))
+            run.caveats = run.caveats or told.caveats
         return run
     return from_log(path)
+
+
+def log_files(folder: Path) -> list[Path]:
+    """The text logs in a folder, or else in its sub-folders; in a record folder those called train* before others."""
+    texts = [p for p in folder.rglob("*") if p.suffix in (".log", ".txt") and p.is_file()]
+    files = sorted(p for p in texts if ".eval." not in p.name and not p.name.startswith(("requirements", "eval_")))
+    own = [p for p in files if p.parent == folder]
+    if not (folder / "submission.json").is_file():
+        return own or files
+    for place in (own, files):
+        found = [p for p in place if p.name.startswith("train")] or [p for p in place if tells(p)]
+        if found:
+            return found
+    return own
+
+
+def tells(path: Path) -> bool:
+    """Whether a text is the log of a run: it has steps or scores."""
+    run = from_log(path)
+    return bool(run.train or run.scores or run.recipe)
 
 
 def find(what: str) -> list[Run]:
     """Runs named by a file, a RUN_ID path without suffix, a glob, or a folder (a record's, or ARTIFACT_DIR)."""
     path = Path(what)
     if path.is_dir():
-        files = sorted(path.glob("*.jsonl")) or sorted([*path.glob("*.log"), *path.glob("*.txt")])
-        files = [f for f in files if ".eval." not in f.name and not f.name.startswith(("eval_", "requirements"))]
+        files = [f for f in sorted(path.glob("*.jsonl")) if ".eval." not in f.name] or log_files(path)
+        files = [f.with_suffix(".jsonl") if f.with_suffix(".jsonl").is_file() else f for f in files]
     elif path.is_file():
         files = [path]
     elif path.with_name(path.name + ".jsonl").is_file():
@@ -355,7 +537,16 @@ def find(what: str) -> list[Run]:
             files = [f for f in files if f.suffix == ".jsonl"]
     if not files:
         raise Unreadable(f"{what}: no run there (a .jsonl or .log file, a RUN_ID's path, a glob or a folder)")
-    return [load(f) for f in files]
+    found = [load(f) for f in files]
+    for folder in {f for f in map(record_folder, files) if f}:
+        mine = [r for r in found if record_folder(r.path) == folder]
+        paths = {r.path.resolve() for r in mine}
+        beside = []
+        # one log of three does not show whose mean submission.json gives
+        if any(r.dialect == "upstream" for r in mine):
+            beside = [from_log(p) for p in log_files(folder) if p.resolve() not in paths]
+        settle(mine + beside, folder)
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -410,6 +601,45 @@ def unbrotli(data: bytes) -> bytes:
 def unlzma(data: bytes) -> bytes:
     """Raw LZMA2, as wrappers that count every byte use it."""
     return lzma.decompress(data, lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA2, "preset": 9}])
+
+
+@functools.lru_cache(64)
+def needed_python(source: str, named: tuple) -> tuple[int, int] | None:
+    """(3, 11), or (3, 12) if a source's syntax asks for it, whichever Python runs this. None if it does not parse.
+
+    Before 3.12 a source of that syntax does not parse, so there it takes a log that `named` such a Python.
+    """
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError):
+        return (3, 12) if sys.version_info < (3, 12) and any(v >= (3, 12) for v in named) else None
+    return (3, 12) if sys.version_info >= (3, 12) and later_syntax(source) else (3, 11)
+
+
+def later_syntax(source: str) -> bool:
+    """Whether a source that parses here did not before 3.12: newer statements, or f-strings with what they now hold."""
+    try:
+        ast.parse(source, feature_version=(3, 11))
+    except SyntaxError:
+        return True
+    quotes = []  # of the f-strings that are open
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        quote = quote_of(token.string)
+        starts = token.type == tokenize.FSTRING_START
+        if quotes and (token.type == tokenize.COMMENT or token.type == tokenize.STRING and "\\" in token.string
+                       or (starts or token.type == tokenize.STRING) and any(q in quote for q in quotes)):
+            return True
+        if starts:
+            quotes.append(quote)
+        elif token.type == tokenize.FSTRING_END:
+            quotes.pop()
+    return False
+
+
+def quote_of(token: str) -> str:
+    """The quotes with which a string begins, behind its prefix."""
+    text = token.lstrip("rRbBfFuU")
+    return text[:3] if text[:3] in ('"""', "'''") else text[:1]
 
 
 @functools.lru_cache(64)

@@ -350,7 +350,8 @@ class Sweep:
             result, took = self.run_of(run.job), time.monotonic() - run.began
             if result:
                 self.seconds.append(took)
-                self.say(f"{run.job.id} {result.final.bpb:.6f} bpb, {took:.0f} s{self.outlook(waiting)}"
+                score = f"{result.final.bpb:.6f} bpb" if result.final else f"undecided: {runs.scores_text(result)}"
+                self.say(f"{run.job.id} {score}, {took:.0f} s{self.outlook(waiting)}"
                          + (f"  !! {'; '.join(result.failures)}" if result.failures else ""))
             else:
                 self.keep_failure(run, took)
@@ -400,21 +401,23 @@ class Row:
     train_seconds: float | None
     eval_seconds: float | None
     documents: dict | None = None  # interval over documents drawn anew, where the runs had DOC_LOSSES=1
+    passes: list = field(default_factory=list)  # names of those that the scores are of
+    undecided: list = field(default_factory=list)  # finished runs without a score that counts, in words
 
 
 def summarise(sweep: Sweep, mode: str | None = None) -> list[Row]:
-    """A row a setting, the control first; scores are each run's best pass, or those of `mode`."""
+    """A row a setting, the control first; scores are each run's result, or those of the pass `mode`."""
     import stats  # only now: a sweep that is killed and started again should not wait for scipy
 
-    def score(run):
-        return (run.scores[mode] if mode else run.final).bpb
-
-    done = {s: {} for s in sweep.spec.settings}
+    done, undecided = {s: {} for s in sweep.spec.settings}, {s: [] for s in sweep.spec.settings}
     for job in sweep.spec.jobs:
         run = sweep.run_of(job)
-        if run:
-            done[job.setting][job.seed] = run
-    scores = {s: {seed: score(r) for seed, r in mine.items()} for s, mine in done.items()}
+        try:
+            if run and runs.result(run, mode):
+                done[job.setting][job.seed] = run
+        except runs.Unreadable as e:
+            undecided[job.setting].append(str(e).replace(str(run.path), job.id))
+    scores = {s: {seed: runs.result(r, mode).bpb for seed, r in mine.items()} for s, mine in done.items()}
     control, rows = scores[CONTROL], []
     for setting, mine in scores.items():
         against = setting != CONTROL and mine and control
@@ -426,7 +429,8 @@ def summarise(sweep: Sweep, mode: str | None = None) -> list[Row]:
                         asdict(pair) if pair else None, test.p if test else None,
                         max((r.total or 0 for r in members), default=None),
                         mean_of(r.train_seconds for r in members), mean_of(r.eval_seconds for r in members),
-                        documents(done[setting], done[CONTROL], mode) if against else None))
+                        documents(done[setting], done[CONTROL], mode) if against else None,
+                        sorted({mode or runs.result_pass(r) for r in members}), undecided[setting]))
     return rows
 
 
@@ -454,17 +458,20 @@ def table(rows: list[Row], mode: str | None) -> str:
     def bounds(interval):
         return "" if not interval or interval["low"] is None else f"[{interval['low']:+.6f}, {interval['high']:+.6f}]"
 
-    wide = any(r.documents for r in rows)
+    wide, passes = any(r.documents for r in rows), sorted({p for r in rows for p in r.passes})
     head = ["setting", "n", "mean bpb", "seed sd", "minus control, paired", "95 % interval", "Welch p (better)", "bytes", "train s", "eval s"]
     lines = [head + ["95 % over documents"] * wide, ["---"] * (len(head) + wide)]
     for r in rows:
-        lines.append([r.setting + (f" ({r.failed} failed)" if r.failed else ""), str(r.n), number(r.mean, ".6f"),
-                      number(r.sd, ".6f"), number((r.paired or {}).get("mean"), "+.6f"), bounds(r.paired),
-                      number(r.p, ".3g"), number(r.bytes, ","), number(r.train_seconds, ".1f"),
+        apart = f" (pass {', '.join(r.passes)})" if len(passes) > 1 and r.passes else ""
+        name = r.setting + apart + (f" ({r.failed} failed)" if r.failed else "")
+        lines.append([name, str(r.n), number(r.mean, ".6f"), number(r.sd, ".6f"),
+                      number((r.paired or {}).get("mean"), "+.6f"), bounds(r.paired), number(r.p, ".3g"), number(r.bytes, ","), number(r.train_seconds, ".1f"),
                       number(r.eval_seconds, ".1f"), *[bounds(r.documents)] * wide])
-    note = (f"Scores: {'pass ' + mode if mode else 'the best pass of each run'}. Lower is better, so a negative difference is a "
-            f"gain. Intervals are Student's over paired seeds; where a setting does nothing, one interval in twenty leaves out zero "
-            f"all the same ({len(rows) - 1} here).")
+    which = "the pass" if mode else "of each run the pass that its configuration reports:"
+    note = (f"Scores: {which} {', '.join(passes) or 'none yet'}. Lower is better, so a negative difference is a gain. "
+            "Intervals are Student's over paired seeds; where a setting does nothing, one interval in twenty leaves out "
+            f"zero all the same ({len(rows) - 1} here).")
+    note += "".join(f"\n\nNot counted: {text}." for r in rows for text in r.undecided)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n\n" + note + "\n"
 
 
@@ -496,7 +503,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--root", type=Path, default=ROOT, help="where train_gpt.py and data/ lie")
     parser.add_argument("--slots", type=int, default=1, help="runs at a time without GPUs")
     parser.add_argument("--gpus-per-run", type=int, default=1, help="more than one: torchrun over so many GPUs a run")
-    parser.add_argument("--mode", help="compare this pass (full, sliding, ttt) instead of each run's best")
+    parser.add_argument("--mode", help="compare this pass (full, sliding, ttt) instead of each run's result")
     parser.add_argument("--retry", action="store_true", help="run again what failed by itself")
     return parser
 

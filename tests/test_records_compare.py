@@ -132,11 +132,37 @@ def test_what_is_printed(sides, capsys):
     assert "H0 'A is not better than B by more than the margin'" in out and "seeds [1, 2, 3]" in out
 
 
-def test_best_pass_or_a_named_one(sides):
+def test_the_result_or_a_named_pass(sides):
     assert compare.side(str(sides / "a"), None).loss[1] == pytest.approx(2.99)
     assert compare.side(str(sides / "a"), "full").loss[1] == pytest.approx(3.00)
-    with pytest.raises(runs.Unreadable, match="no score named sliding; it has full, ttt"):
+    with pytest.raises(runs.Unreadable, match=r"no score named sliding; it has full 1\.\d+, ttt 1\.\d+"):
         compare.side(str(sides / "a"), "sliding")
+
+
+@pytest.mark.parametrize("more, modes, expected", [
+    ({}, ("ttt", "full"), "ttt"), ({}, ("sliding", "full"), "sliding"), ({}, ("full",), "full"),
+    ({"headline": "full"}, ("full", "ttt"), "full"),  # the run's own word goes before the order of the passes
+    ({"ttt_enabled": True}, ("full", "sliding"), None),  # what was asked for is missing: nothing stands in for it
+    ({"ttt_enabled": False, "sliding_window_enabled": True}, ("full", "sliding"), "sliding")])
+def test_a_runs_result_is_the_pass_that_was_meant(tmp_path, more, modes, expected):
+    """Later passes of `modes` score lower: neither the place in the log nor the number decides."""
+    run = runs.load(write_run(tmp_path, "x", 1, 3.0, modes, **more))
+    assert runs.result_pass(run) == expected
+    assert (run.final.bpb if run.final else None) == (run.scores[expected].bpb if expected else None)
+
+
+def test_what_cannot_be_decided_is_listed(sides, capsys):
+    write_run(sides / "c", "c1", 1, 3.0, ("full",), ttt_enabled=True)
+    assert compare.main([str(sides / "c"), str(sides / "b")]) == 2
+    assert "undecided which score is the result (--mode names one); it has full 1.94177838" in capsys.readouterr().err
+    assert compare.main([str(sides / "c"), str(sides / "b"), "--mode", "full"]) == 0
+
+
+def test_sides_of_different_passes_are_named(sides, capsys):
+    write_run(sides / "c", "c1", 1, 3.0, ("full",))
+    compare.main([str(sides / "c"), str(sides / "b")])
+    out = capsys.readouterr().out
+    assert "; pass full)" in out and "; pass ttt)" in out and "differently named passes" in out
 
 
 def test_a_side_is_a_file_a_glob_or_a_run_id(sides):
@@ -181,12 +207,24 @@ def test_other_tokenizers_compare_in_bits_a_byte_only(sides):
     assert not r["same_tokenizer"] and "nats" not in r and r["margin_bpb"] == pytest.approx(0.005 * max(RATE, other.rate))
 
 
-def test_a_record_without_logs_is_read_from_its_json(sides):
+def test_a_records_logs_in_a_sub_folder_are_read(sides, capsys):
+    folder = sides / "2026-01-01_Record"
+    (folder / "logs").mkdir(parents=True)
+    for seed in (1, 2):
+        (folder / "logs" / f"train_seed{seed}.log").write_text(old_log(seed, 2.07))
+    (folder / "submission.json").write_text(json.dumps({"val_bpb": 1.0, "val_loss": 2.0}))
+    side = compare.side(str(folder), None)
+    assert sorted(side.bpb) == [1, 2] and side.loss == {1: 2.07, 2: 2.07} and side.source == "logs"
+
+
+def test_a_record_without_logs_is_read_from_its_json(sides, capsys):
     folder = sides / "2026-01-01_Record"
     folder.mkdir()
     scores = {"42": {"val_bpb": 1.0611, "val_loss": 2.3221}, "0": {"val_bpb": 1.0605, "val_loss": 2.3208}}
     (folder / "submission.json").write_text(json.dumps({"val_bpb": 1.0608, "val_loss": 2.32145, "seed_results": scores}))
     side = compare.side(str(folder), None)
     assert side.bpb == {42: 1.0611, 0: 1.0605} and side.rate == pytest.approx(1.0608 / 2.32145)
+    assert compare.main([str(folder), str(sides / "a")]) == 0
+    assert capsys.readouterr().out.count("these are the word of its submission.json") == 1
     (folder / "submission.json").write_text(json.dumps({"val_bpb": 1.0608}))
     assert compare.main([str(folder), str(sides / "a")]) == 2

@@ -11,9 +11,12 @@ import pytest
 from conftest import trainer
 from records_lab import RECORDS, environment
 
+import compare
 import report
 import runs
+import sweep
 import track
+from test_records_foreign import new_log
 
 STAGES = {"raw": 3.0, "pre-quantization post-ema": 2.9}
 SCORES = {"full": 2.95, "sliding": 2.93, "ttt": 2.90}
@@ -96,6 +99,52 @@ def test_waterfall_shows_each_difference(groups):
     heights = [b.get_height() for b in fig.axes[0].patches]
     assert heights[1:] == [pytest.approx(x) for x in (0.1, 0.05, 0.02, 0.03)]
     assert fig.axes[0].get_title(loc="left") == "control\nn = 2, seed sd 0.0071"
+
+
+def test_every_number_of_a_sweep_is_that_of_one_pass(tmp_path):
+    """The lowest pass is another one in each seed; table, forest, waterfall and compare.py all show the one that is configured."""
+    finals = {}
+    for seed, scores in ((1, {"full": 2.80, "sliding": 2.93, "ttt": 2.90}), (2, {"full": 2.95, "sliding": 2.81, "ttt": 2.92})):
+        rows = [e for e in events(seed, "abc") if e["event"] != "score"]
+        told = {n: {"val_loss": 2 * b, "val_bpb": b, "seconds": 1.0, "verdict": ""} for n, b in scores.items()}
+        rows[-1]["results"] = told
+        rows[-2:-2] = [{"event": "score", "name": n, **s} for n, s in told.items()]
+        path = write(tmp_path / "logs" / f"control.s{seed}.jsonl", rows)
+        finals[path] = scores["ttt"]
+    spec = sweep.Spec("s", [1, 2], {"control": {}})
+    seen = SimpleNamespace(spec=spec, run_of=lambda j: runs.from_events(tmp_path / "logs" / f"{j.id}.jsonl"),
+                           failure=lambda j: tmp_path / "none")
+    (row,) = sweep.summarise(seen)
+    fig = report.waterfall(report.group(runs.find(str(tmp_path / "logs"))))
+    bold = [t.get_text() for t in fig.axes[0].texts if t.get_fontweight() == "bold"]
+    assert row.mean == pytest.approx(2.91) and row.passes == ["ttt"] and bold == ["2.9100"]
+    assert "the pass that its configuration reports: ttt" in sweep.table([row], None)
+    assert compare.side(str(tmp_path / "logs"), None).bpb == {1: 2.90, 2: 2.92}
+    table = report.runs_table(report.group(runs.find(str(tmp_path / "logs"))))
+    assert "2.90000 ttt" in table and "2.92000 ttt" in table
+
+
+def test_waterfall_ends_with_the_pass_that_the_run_names(logs):
+    for path in logs.glob("control.*"):
+        path.write_text(path.read_text().replace('"failures": []', '"failures": [], "headline": "full"'))
+    fig = report.waterfall(report.group(runs.find(str(logs))))
+    assert [t.get_text() for t in fig.axes[0].texts if t.get_fontweight() == "bold"] == ["2.9650"]
+    assert [t.get_text() for t in fig.axes[1].texts if t.get_fontweight() == "bold"] == ["2.8950"]
+
+
+def test_others_logs_end_with_their_own_label(tmp_path):
+    for seed in (1, 42):
+        (tmp_path / f"train_seed{seed}.log").write_text(new_log(seed))
+    groups = report.group(runs.find(str(tmp_path)))
+    ((_, stages),) = [(n, report.mean_stages(g)) for n, g in groups.items()]
+    assert list(stages) == ["averaged", "quantized_ttt_phased"]
+
+
+def test_what_cannot_be_decided_is_written_into_the_picture(tmp_path):
+    (tmp_path / "train.log").write_text(new_log() + "final_other val_loss:2.30000000 val_bpb:1.05000000\n")
+    groups = report.group(runs.find(str(tmp_path)))
+    assert report.waterfall(groups).axes[0].get_title(loc="left").endswith("undecided which score is the result")
+    assert "undecided: quantized_ttt_phased 1.0" in report.runs_table(groups)
 
 
 def test_waterfall_of_a_run_without_scores_says_so(tmp_path):

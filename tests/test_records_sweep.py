@@ -166,6 +166,28 @@ def test_whole_sweep(place):
     assert "min left" in done.stdout
 
 
+def test_a_run_without_the_pass_that_it_was_asked_for_is_not_counted(place):
+    """No other score stands in for it: the table has one run less, and says which."""
+    asked = PROGRAM.replace('train_batch_tokens=64)', 'train_batch_tokens=64, ttt_enabled=name == "better.s2")')
+    (place / "train_gpt.py").write_text(asked)
+    done = run(place, "--slots", "3")
+    rows = results(place)
+    assert done.returncode == 1 and rows["better"]["n"] == 2 and rows["better"]["paired"]["n"] == 2, done.stdout + done.stderr
+    words = "Not counted: better.s2: undecided which score is the result (--mode names one); it has full 2.35000000."
+    assert words in (place / "out/kill/results.md").read_text() and "better.s2 undecided: full 2.35" in done.stdout
+    # a named pass decides
+    assert run(place, "--mode", "full").returncode == 0 and results(place)["better"]["n"] == 3
+
+
+def test_settings_with_another_pass_say_so(place):
+    (place / "train_gpt.py").write_text(PROGRAM.replace('event("score", name="full"', 'event("score", name=env.get("PASS", "full")').replace(
+        'results={"full"', 'results={env.get("PASS", "full")'))
+    (place / "spec.toml").write_text(SPEC + 'PASS = "sliding"\n')
+    done = run(place, "--slots", "3")
+    assert "| worse (pass sliding) | 3 |" in done.stdout and "| control (pass full) | 3 |" in done.stdout, done.stdout + done.stderr
+    assert "reports: full, sliding." in done.stdout
+
+
 def test_documents_give_a_second_interval(place):
     """Runs with DOC_LOSSES=1 leave their losses by document; the table then has a column for them."""
     saved = PROGRAM.replace('told("ends.txt")', """told("ends.txt")
