@@ -2,11 +2,15 @@
 
 Run on a CUDA machine: python -m pytest tests/gpu -q. Elsewhere every test skips; CI covers the eager twins.
 """
+import contextlib
+import functools
+import gc
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -90,9 +94,10 @@ def test_attention_as_one_operator_is_as_near_to_fp32_as_its_parts(lanes, knobs,
 
 @pytest.mark.parametrize("slots, chunk, window, heads, begin", [
     (5, 16, 256, (8, 4, 64), (0, 7, 255, 256, 1000)), (3, 48, 256, (4, 2, 128), (48, 300, 4096)), (4, 32, 128, (4, 2, 128), (1, 127, 129, 31)),
-    (2, 5, 64, (4, 4, 64), (3, 90)), (2, 24, 3072, (8, 4, 64), (3072, 50000)), (2, 24, 3072, (4, 2, 128), (3072, 50000))], ids=str)
-def test_cached_attention_equals_eager(slots, chunk, window, heads, begin):
-    """Values and gradients, on empty, filling, full and overwritten rings."""
+    (2, 5, 64, (4, 4, 64), (3, 90)), (2, 24, 3072, (8, 4, 64), (3072, 50000)), (2, 24, 3072, (4, 2, 128), (3072, 50000)), (2, 48, 3072, (4, 1, 128), (100, 50000))], ids=str)
+@pytest.mark.parametrize("tile", tg.RING_TILES, ids=str)
+def test_cached_attention_equals_eager(tile, slots, chunk, window, heads, begin):
+    """Values and gradients, on empty, filling, full and overwritten rings; in the tiles for smaller GPUs too, which a large one can run."""
     torch.manual_seed(0)
     *heads, wide = heads
     ring = [torch.randn(slots, window + tg.Slots.SPARE, heads[1], wide, device="cuda").bfloat16() for _ in "kv"]
@@ -101,7 +106,7 @@ def test_cached_attention_equals_eager(slots, chunk, window, heads, begin):
     rows = torch.randn(slots * chunk, heads[0] + 3 * heads[1], wide, device="cuda").bfloat16()
     q, k, _, v = rows.split((*heads, heads[1], heads[1]), 1)
     grad, results = torch.randn(slots * chunk, heads[0], wide, device="cuda").bfloat16(), []
-    for attend, dtype in ((tg.attention_cached, torch.bfloat16), (tg.attention_cached_eager, torch.float32)):
+    for attend, dtype in ((functools.partial(tg.attention_cached_triton, tile=tile), torch.bfloat16), (tg.attention_cached_eager, torch.float32)):
         mine = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
         out = attend(*mine, tg.Past(*(x.to(dtype) for x in ring), begin, window))
         results.append([out, *torch.autograd.grad(out, mine, grad.to(dtype))])
@@ -109,13 +114,13 @@ def test_cached_attention_equals_eager(slots, chunk, window, heads, begin):
         assert relative(fast, reference) < 5e-3
 
 
-def test_recorded_steps_give_the_same_digits(tmp_path, monkeypatch):
-    """Documents scored by replayed CUDA graphs and by plain calls: the same kernels on the same numbers."""
+def adapting(folder):
+    """A small network away from its start, and what scores documents of many lengths with it by adaptation."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
     from test_slots import Documents
     knobs = dict(NUM_LAYERS="4", MODEL_DIM="128", NUM_HEADS="2", NUM_KV_HEADS="1", VOCAB_SIZE="64", XSA_LAST_N="4", LOOP_START="1",
-                 LOOP_END="2", PARALLEL_START_LAYER="2", EVAL_SEQ_LEN="64", EVAL_STRIDE="32", TTT_SLOTS="8", TTT_LORA_RANK="16",
-                 TTT_CHUNK_SIZE="8", VAL_BATCH_TOKENS="4096", RUN_ID="replay", ARTIFACT_DIR=str(tmp_path), PRESET="record")
+                 LOOP_END="2", PARALLEL_START_LAYER="3", EVAL_SEQ_LEN="64", EVAL_STRIDE="32", TTT_SLOTS="8", TTT_LORA_RANK="16",
+                 TTT_CHUNK_SIZE="8", VAL_BATCH_TOKENS="4096", RUN_ID="replay", ARTIFACT_DIR=str(folder), PRESET="record")
     cfg = tg.load_config(knobs, True)
     run = tg.Run(cfg, (0, 0, 1), quiet=True)
     model = tg.build_model(cfg, run)
@@ -123,11 +128,70 @@ def test_recorded_steps_give_the_same_digits(tmp_path, monkeypatch):
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
     model.looping = True
-    recorded = tg.score_documents(model, Documents((50, 7, 33, 61, 18, 1, 40, 64, 300, 9, 22)), cfg, run, 0.0)
+    return lambda: tg.score_documents(model, Documents((50, 7, 33, 61, 18, 1, 40, 64, 300, 9, 22)), cfg, run, 0.0)
+
+
+def test_recorded_steps_give_the_same_digits(tmp_path, monkeypatch):
+    """Documents scored by replayed CUDA graphs and by plain calls: the same kernels on the same numbers."""
+    score = adapting(tmp_path)
+    recorded = score()
     replay = tg.Replay.__init__
     monkeypatch.setattr(tg.Replay, "__init__", lambda self, work, pool: replay(self, work, None))
-    plain = tg.score_documents(model, Documents((50, 7, 33, 61, 18, 1, 40, 64, 300, 9, 22)), cfg, run, 0.0)
-    assert (recorded.nats == plain.nats).all()
+    assert (recorded.nats == score().nats).all()
+
+
+@contextlib.contextmanager
+def collector(*threshold):
+    """Python's cycle collector with another threshold, or without one off."""
+    before, on = gc.get_threshold(), gc.isenabled()
+    gc.set_threshold(*threshold) if threshold else gc.disable()
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.enable() if on else gc.disable()
+
+
+def test_collections_inside_every_recording_leave_adaptation_alive(tmp_path, monkeypatch):
+    """A graph that is freed while another one is recorded ends the recording, so nothing may be left for the collector to find there."""
+    score, begin, forced = adapting(tmp_path), torch.cuda.CUDAGraph.capture_begin, []
+
+    def capture_begin(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        forced.append(gc.collect())
+    with collector():
+        expected = score()
+        lost = tg.Replay(lambda: torch.ones(1, device="cuda") + 1, torch.cuda.graph_pool_handle())
+        assert lost() == lost() == 2 and lost.graph is not None
+        lost.itself, lost = lost, None  # a recorded graph that only the collector can free
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", capture_begin)
+    with collector(50, 5, 5):
+        assert all((score().nats == expected.nats).all() for _ in range(2))
+    assert len(forced) >= 2
+
+
+def test_after_training_its_recorded_graphs_are_gone(corpus, tmp_path, monkeypatch):
+    """Evaluation needs their memory, and the cycle collector comes when it likes: here never."""
+    knobs = dict(PRESET="record", NUM_LAYERS="4", MODEL_DIM="256", LOOP_START="1", LOOP_END="2", PARALLEL_START_LAYER="3", XSA_LAST_N="4",
+                 COMPILE_SCOPE="none", TRAIN_BATCH_TOKENS="65536", MICRO_BATCH_TOKENS="65536", TRAIN_BATCH_SCHEDULE="", ITERATIONS="8",
+                 MAX_WALLCLOCK_SECONDS="0", WARMUP_STEPS="2", RUN_ID="graphs", ARTIFACT_DIR=str(tmp_path), **corpus.env)
+    cfg, born, init = tg.load_config(knobs, True), [], tg.RowGradients.__init__
+    run = tg.Run(cfg, (0, 0, 1), quiet=True)
+    model, stream = tg.build_model(cfg, run), tg.TrainStream(cfg, run)
+
+    def remembered(self, *arguments):
+        init(self, *arguments)
+        born.append(weakref.ref(self))
+    monkeypatch.setattr(tg.RowGradients, "__init__", remembered)
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    with collector():
+        tg.train(model, cfg, run, stream, None)
+        most, after = torch.cuda.max_memory_reserved() - before, torch.cuda.memory_reserved() - before
+        assert len(born) == 1 and born[0]() is None
+    assert most > 1 << 30 and after < most / 4, (most >> 20, after >> 20)
 
 
 def test_fused_nats_equal_their_eager_twin_in_fp32(run):
