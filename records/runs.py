@@ -497,7 +497,10 @@ def load(path: Path) -> Run:
                 setattr(run, name, getattr(told, name))
             run.caveats = run.caveats or told.caveats
         return run
-    return from_log(path)
+    run = from_log(path)
+    if run.dialect == "log" and run.beside(".score.json").is_file():
+        run.headline = json.loads(run.beside(".score.json").read_text(encoding="utf-8")).get("headline")
+    return run
 
 
 def log_files(folder: Path) -> list[Path]:

@@ -151,6 +151,17 @@ def test_a_runs_result_is_the_pass_that_was_meant(tmp_path, more, modes, expecte
     assert (run.final.bpb if run.final else None) == (run.scores[expected].bpb if expected else None)
 
 
+def test_a_text_log_follows_the_score_file_beside_it(tmp_path):
+    """Without its JSONL a log has two files: the text, and RUN_ID.score.json, which may name the pass."""
+    text = ("run_id:x mode:train preset:smoke recipe:abc seed:1\n"
+            "final_int6_roundtrip_exact val_loss:3.00000000 val_bpb:2.00000000\n"
+            "final_int6_ttt_exact val_loss:2.00000000 val_bpb:1.50000000\n")
+    (tmp_path / "x.txt").write_text(text)
+    assert runs.result_pass(runs.load(tmp_path / "x.txt")) == "ttt"
+    (tmp_path / "x.score.json").write_text(json.dumps({"headline": "full"}))
+    assert runs.load(tmp_path / "x.txt").final.loss == 3
+
+
 def test_what_cannot_be_decided_is_listed(sides, capsys):
     write_run(sides / "c", "c1", 1, 3.0, ("full",), ttt_enabled=True)
     assert compare.main([str(sides / "c"), str(sides / "b")]) == 2

@@ -167,10 +167,11 @@ def test_plain_code_is_no_wrapper():
 
 
 @pytest.mark.parametrize("line, label", [
-    ("final_sliding_window_eval stride:64 val_loss:1.9 val_bpb:1.2", "final_sliding_window_eval stride:64"),
-    ("final_sliding_window_eval_exact stride:64 val_loss:1.90000000 val_bpb:1.20000000", "final_sliding_window_eval stride:64"),
-    ("final_sliding: val_loss: 1.9, val_bpb: 1.2", "final_sliding:"), ("final_int6 (stride 64) val_loss=1.9 val_bpb=1.2", "final_int6 (stride 64)"),
-    ("quantized_ttt_lora docs:50000 val_loss:1.9 val_bpb:1.2 stride:64 eval_time:2000ms", "quantized_ttt_lora docs:50000")])
+    ("final_sliding stride:64 val_loss:1.9 val_bpb:1.2", "final_sliding stride:64"),
+    ("final_sliding_exact stride:64 val_loss:1.90000000 val_bpb:1.20000000", "final_sliding stride:64"),
+    ("final_sliding: val_loss: 1.9, val_bpb: 1.2", "final_sliding:"),
+    ("final_int6 (stride 64) val_loss=1.9 val_bpb=1.2", "final_int6 (stride 64)"),
+    ("quantized_ttt docs:50000 val_loss:1.9 val_bpb:1.2 stride:64 eval_time:2000ms", "quantized_ttt docs:50000")])
 def test_words_may_stand_around_a_score(tmp_path, line, label):
     path = tmp_path / "train.log"
     path.write_text(f"seed:1\n{line}\n")
@@ -180,14 +181,16 @@ def test_words_may_stand_around_a_score(tmp_path, line, label):
 
 def test_validations_in_training_are_no_scores(tmp_path):
     path = tmp_path / "train.log"
-    path.write_text("step:5/9 val_loss:1.9 val_bpb:1.2 train_time:9ms\n5/9 val_loss: 1.9 val_bpb: 1.2\nstep 5 val_loss:1.9 val_bpb:1.2\n")
+    path.write_text("step:5/9 val_loss:1.9 val_bpb:1.2 train_time:9ms\n5/9 val_loss: 1.9 val_bpb: 1.2\n"
+                    "step 5 val_loss:1.9 val_bpb:1.2\n")
     run = runs.load(path)
     assert not run.scores and not run.diagnostics and [c[0] for c in run.checks] == [5, 5]
 
 
 def test_a_second_try_under_one_label_replaces_nothing(tmp_path):
     path = tmp_path / "train.log"
-    path.write_text("final_ttt_exact val_loss:1.90000000 val_bpb:1.20000000\nfinal_ttt_exact val_loss:2.90000000 val_bpb:1.80000000\n")
+    path.write_text("final_ttt_exact val_loss:1.90000000 val_bpb:1.20000000\n"
+                    "final_ttt_exact val_loss:2.90000000 val_bpb:1.80000000\n")
     assert {n: s.bpb for n, s in runs.load(path).scores.items()} == {"final_ttt": 1.2, "final_ttt (2)": 1.8}
 
 
@@ -243,11 +246,13 @@ def test_contradictions_are_found(folder, fault):
 
 
 @pytest.mark.parametrize("train_ms, steps, expected", [
-    (600_038, 13_780, "ok"), (600_140, 6_900, "ok"), (600_070, 7_150, "ok"),  # 0.04 to 0.14 s behind, as in merged records
-    (600_100, 13_780, "FAIL"), (600_190, 6_900, "FAIL"), (601_000, 6_900, "FAIL"), (600_618, 539, "ok"), (601_100, 700, "FAIL")])
+    (600_038, 13_780, "ok"), (600_140, 6_900, "ok"), (600_070, 7_150, "ok"),  # as far behind as merged records
+    (600_100, 13_780, "FAIL"), (600_190, 6_900, "FAIL"), (601_000, 6_900, "FAIL"),
+    (600_618, 539, "ok"), (601_100, 700, "FAIL")])  # long steps: one of them, or what makes a second
 def test_two_steps_behind_the_budget_are_what_others_always_had(folder, train_ms, steps, expected):
     """Their loop stops at the first step behind which the clock stands over 600 s, and one more is queued by then."""
-    log = old_log(1, train_ms=train_ms).replace("step:13780/", f"step:{steps}/").replace("step:13700/20000 train_loss", "step:0/9 train_loss")
+    log = old_log(1, train_ms=train_ms).replace("step:13780/", f"step:{steps}/")
+    log = log.replace("step:13700/20000 train_loss", "step:0/9 train_loss")
     write_logs(folder, lambda s: log.replace("seed:1\n", f"seed:{s}\n"))
     found = outcome(folder, "training")
     assert found.status == expected and f"{1000 * train_ms / 1000 / steps:.1f} ms" in found.text, found.text
@@ -258,12 +263,15 @@ def test_two_steps_behind_the_budget_are_what_others_always_had(folder, train_ms
 def test_a_step_is_measured_at_the_end_of_the_run(folder):
     """With recurrence switched on late, the last steps are longer than the mean of all."""
     def log(seed):
-        lines = "step:5000/20000 train_loss:2.1 train_time:400000ms step_avg:80ms\nstep:6600/20000 train_loss:2.0 train_time:599100ms step_avg:90ms\n"
-        return old_log(seed, train_ms=600_220).replace("step:13700/20000 train_loss:2.0317 train_time:596577ms step_avg:43.55ms\n", lines).replace(
-            "13780/", "6609/")
+        text = old_log(seed, train_ms=600_220).replace("13780/", "6609/")
+        text = text.replace("step:1/20000 train_loss:6.9370 train_time:44ms",
+                            "step:5000/20000 train_loss:2.1 train_time:400000ms")
+        return text.replace("step:13700/20000 train_loss:2.0317 train_time:596577ms",
+                            "step:6600/20000 train_loss:2.0 train_time:599100ms")
     write_logs(folder, log)
     found = outcome(folder, "training")
-    assert found.status == "ok" and "0.22 s behind 600 s is within 0.249 s, 2 steps of 124.4 ms at the end" in found.text
+    words = "0.22 s behind 600 s is within 0.249 s, 2 steps of 124.4 ms at the end"
+    assert found.status == "ok" and words in found.text
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -302,8 +310,10 @@ def test_a_later_reported_pass_is_the_result(folder):
     for seed, loss in losses.items():
         append(folder, seed, score_line("final_sliding_window_eval stride:64", loss))
     mean = sum(map(bpb, losses.values())) / 3
-    swap_json(folder, val_bpb=round(mean, 6), val_loss=1.9705, seed_results={str(s): {"val_bpb": round(bpb(x), 6)} for s, x in losses.items()})
-    assert outcome(folder, "headline").text.endswith(f"pass final_sliding_window_eval stride:64; others there: {ROUNDTRIP}")
+    table = {str(s): {"val_bpb": round(bpb(x), 6)} for s, x in losses.items()}
+    swap_json(folder, val_bpb=round(mean, 6), val_loss=1.9705, seed_results=table)
+    words = f"pass final_sliding_window_eval stride:64; others there: {ROUNDTRIP}"
+    assert outcome(folder, "headline").text.endswith(words)
     assert outcome(folder, "results").status == "ok" and outcome(folder, "headline").status == "ok"
     # one log by itself has the same result
     assert runs.find(str(folder / "train_seed42.log"))[0].final.loss == 1.971
@@ -316,7 +326,8 @@ def test_a_pass_that_no_score_confirms_is_not_guessed(folder):
     without(folder, "seed_results")
     swap_json(folder, val_bpb=1.15015)
     found = outcome(folder, "headline")
-    assert found.status == "FAIL" and f"train_seed42.log has {ROUNDTRIP} {bpb(2.07):.4f}"[:50] in found.text and "final_int6_ttt 1.1" in found.text
+    assert found.status == "FAIL" and "final_int6_ttt 1.1" in found.text
+    assert f"train_seed42.log has {ROUNDTRIP} {bpb(2.071):.8f}" in found.text
     assert outcome(folder, "spread").status == "undecided"
     without(folder, "val_bpb")
     (folder / "README.md").write_text("# Somebody's record\n")
@@ -326,8 +337,8 @@ def test_a_pass_that_no_score_confirms_is_not_guessed(folder):
         runs.result(runs.find(str(folder))[0])
 
 
-@pytest.mark.parametrize("readme", [f"# A record {bpb(2.07):.5f}\n", f"# A record\n\n{ROUNDTRIP}_exact val_loss:2.07 is what counts.\n"],
-                         ids=["number in the title", "label in the text"])
+@pytest.mark.parametrize("readme", [
+    f"# A record {bpb(2.07):.5f}\n", f"# A record\n\n{ROUNDTRIP}_exact val_loss:2.07 is it.\n"], ids=["title", "text"])
 def test_the_readme_tells_where_submission_json_is_silent(folder, readme):
     without(folder, "seed_results", "val_bpb", "seeds")
     (folder / "README.md").write_text(readme)
@@ -338,10 +349,12 @@ def test_the_readme_tells_where_submission_json_is_silent(folder, readme):
 
 def test_a_diagnostic_of_the_packed_model_may_be_what_is_reported(folder):
     write_logs(folder, lambda s: new_log(s))
-    for value, expected in ((1.071, "quantized"), (1.066, None)):  # the latter is of weights that were not packed
-        swap_json(folder, val_bpb=value, val_loss=2.34, seeds=[1337, 42, 2025], seed_results={})
-        for run in runs.find(str(folder)):
-            assert runs.result_pass(run) == expected or expected is None and runs.result_pass(run) == "quantized_ttt_phased"
+    swap_json(folder, val_bpb=1.071, val_loss=2.34, seed_results={})
+    assert {runs.result_pass(r) for r in runs.find(str(folder))} == {"quantized"}
+    assert outcome(folder, "headline").status == "ok"
+    # a score of weights that were not packed is none that could be reported
+    swap_json(folder, val_bpb=1.066, val_loss=2.33)
+    assert {runs.result_pass(r) for r in runs.find(str(folder))} == {"quantized_ttt_phased"}
     assert outcome(folder, "headline").status == "FAIL"
 
 
@@ -373,9 +386,10 @@ def test_own_logs_go_before_those_in_sub_folders(folder):
 
 
 @pytest.mark.parametrize("name", [
-    "TORCHDYNAMO_DISABLE", "PYTHONPATH", "PYTHONUNBUFFERED", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS", "NCCL_IB_DISABLE", "HF_HUB_OFFLINE",
-    "CUDA_VISIBLE_DEVICES", "TORCH_LOGS", "TORCHINDUCTOR_CACHE_DIR", "PYTORCH_CUDA_ALLOC_CONF", "TRITON_CACHE_DIR", "WANDB_MODE", "MASTER_PORT",
-    "CUBLAS_WORKSPACE_CONFIG", "TRANSFORMERS_OFFLINE", "LD_LIBRARY_PATH", "MKL_NUM_THREADS", "KMP_AFFINITY", "TF_CPP_MIN_LOG_LEVEL", "TMPDIR"])
+    "TORCHDYNAMO_DISABLE", "PYTHONPATH", "PYTHONUNBUFFERED", "TOKENIZERS_PARALLELISM", "OMP_NUM_THREADS",
+    "NCCL_IB_DISABLE", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "TORCH_LOGS", "TORCHINDUCTOR_CACHE_DIR",
+    "PYTORCH_CUDA_ALLOC_CONF", "TRITON_CACHE_DIR", "WANDB_MODE", "MASTER_PORT", "CUBLAS_WORKSPACE_CONFIG",
+    "TRANSFORMERS_OFFLINE", "LD_LIBRARY_PATH", "MKL_NUM_THREADS", "KMP_AFFINITY", "TF_CPP_MIN_LOG_LEVEL", "TMPDIR"])
 def test_variables_of_libraries_are_no_knobs(folder, name):
     readme = (folder / "README.md").read_text()
     (folder / "README.md").write_text(readme.replace("ITERATIONS=20000", f"{name}=1 ITERATIONS=20000"))
@@ -399,24 +413,26 @@ LATER = PROGRAM + 'TEXT2 = f"{os.environ["TEXT2"]}"\n'  # Python 3.12 allows quo
 
 
 @pytest.mark.parametrize("source, expected", [
-    ('f"{x["a"]}"', (3, 12)), ("f'{x[\"a\"]}'", (3, 11)), ('f"""{x["a"]}"""', (3, 11)), ("type X = int", (3, 12)), ("f'{x!r:>{w}}' 'y'", (3, 11)),
+    ('f"{x["a"]}"', (3, 12)), ("f'{x[\"a\"]}'", (3, 11)), ('f"""{x["a"]}"""', (3, 11)), ("type X = int", (3, 12)),
+    ("f'{x!r:>{w}}' 'y'", (3, 11)), ('f"{", ".join(x)}"', (3, 12)), ('f"{\'\\n\'.join(x)}"', (3, 12)),
     ('f"{chr(10)}\\n" f"{x}"', (3, 11)), ("(", None)])
 def test_the_python_that_a_syntax_needs(source, expected):
-    """Whichever Python looks; that which is no Python at all is told apart where the one that looks can read the newer syntax."""
+    """Whichever Python looks. Where it cannot read newer syntax itself, a log must have named a Python that does."""
     named = () if expected is None else ((3, 12),)
     assert runs.needed_python(source, named) == expected
 
 
 def test_a_program_of_a_later_python_is_checked_alike(folder):
-    """On Python 3.11 its source does not parse: it is a source all the same, its knobs are found, and no rule is lost."""
+    """On Python 3.11 its source does not parse; it is a source all the same, and no rule is lost."""
     (folder / "train_gpt.py").write_text(LATER)
     for file in folder.glob("train_seed*.log"):
-        size = f"{15_800_000 + len(PROGRAM)} bytes", f"{15_800_000 + len(LATER)} bytes"
-        file.write_text(file.read_text().replace(PROGRAM, LATER).replace(f"Code size: {len(PROGRAM)}", f"Code size: {len(LATER)}").replace(*size))
+        text = file.read_text().replace(PROGRAM, LATER)
+        for kind, model in (("Code size", 0), ("int8+zlib", 15_800_000)):
+            text = text.replace(f"{kind}: {model + len(PROGRAM)} bytes", f"{kind}: {model + len(LATER)} bytes")
+        file.write_text(text)
     swap_json(folder, bytes_total=15_800_000 + len(LATER), bytes_code=len(LATER))
     outcomes = {o.name: o for o in check.check(folder)}
-    assert {n: o.status for n, o in outcomes.items() if n in ("same-code", "python", "offline", "knobs", "headline")} == dict.fromkeys(
-        ("same-code", "python", "offline", "knobs", "headline"), "ok")
+    assert all(outcomes[name].status == "ok" for name in ("same-code", "python", "offline", "knobs", "headline"))
     assert "needs Python 3.12 or later" in outcomes["python"].text
     assert not [vars(o) for o in outcomes.values() if o.status == "FAIL"]
 
@@ -425,9 +441,11 @@ def test_a_program_of_a_later_python_is_checked_alike(folder):
 @pytest.mark.parametrize("python", ["python3.11", "python3.12", "python3.13"])
 def test_shipped_folders_check_alike_on_every_python(shipped, python):
     """The running Python's outcomes are those of any other that is installed here."""
-    done = subprocess.run([python, RECORDS / "check.py", shipped, "--json"], text=True, capture_output=True) if shutil.which(python) else None
-    if done is None or not done.stdout:
+    if not shutil.which(python):
         pytest.skip(f"no {python} here")
+    done = subprocess.run([python, RECORDS / "check.py", shipped, "--json"], text=True, capture_output=True)
+    if not done.stdout:
+        pytest.skip(f"{python} does not start: {done.stderr[:80]}")
     there = {o["name"]: o["status"] for o in json.loads(done.stdout)[str(shipped)]}
     assert there == {o.name: o.status for o in check.check(shipped)} and "FAIL" not in there.values()
     assert there["same-code"] == there["python"] == "ok"

@@ -172,7 +172,7 @@ def test_a_run_without_the_pass_that_it_was_asked_for_is_not_counted(place):
     (place / "train_gpt.py").write_text(asked)
     done = run(place, "--slots", "3")
     rows = results(place)
-    assert done.returncode == 1 and rows["better"]["n"] == 2 and rows["better"]["paired"]["n"] == 2, done.stdout + done.stderr
+    assert done.returncode == 1 and rows["better"]["n"] == rows["better"]["paired"]["n"] == 2, done.stdout + done.stderr
     words = "Not counted: better.s2: undecided which score is the result (--mode names one); it has full 2.35000000."
     assert words in (place / "out/kill/results.md").read_text() and "better.s2 undecided: full 2.35" in done.stdout
     # a named pass decides
@@ -180,11 +180,12 @@ def test_a_run_without_the_pass_that_it_was_asked_for_is_not_counted(place):
 
 
 def test_settings_with_another_pass_say_so(place):
-    (place / "train_gpt.py").write_text(PROGRAM.replace('event("score", name="full"', 'event("score", name=env.get("PASS", "full")').replace(
-        'results={"full"', 'results={env.get("PASS", "full")'))
+    named = PROGRAM.replace('event("score", name="full"', 'event("score", name=env.get("PASS", "full")')
+    (place / "train_gpt.py").write_text(named)
     (place / "spec.toml").write_text(SPEC + 'PASS = "sliding"\n')
     done = run(place, "--slots", "3")
-    assert "| worse (pass sliding) | 3 |" in done.stdout and "| control (pass full) | 3 |" in done.stdout, done.stdout + done.stderr
+    assert "| worse (pass sliding) | 3 |" in done.stdout, done.stdout + done.stderr
+    assert "| control (pass full) | 3 |" in done.stdout
     assert "reports: full, sliding." in done.stdout
 
 
