@@ -1,5 +1,7 @@
 """Room 5 and the windows of room 14: shards are whole or named, every token is read as often as it should be."""
 import dataclasses
+import os
+import resource
 import shutil
 
 import numpy as np
@@ -80,13 +82,39 @@ def test_byte_sidecar_is_no_validation_shard(tmp_path):
     write_shard(tmp_path / "fineweb_val_000000.bin", [BOS, 5, 6])
     write_shard(tmp_path / "fineweb_val_bytes_000000.bin", [0, 3, 3])
     write_shard(tmp_path / "fineweb_train_000000.bin", [BOS, 7])
-    assert [s.tolist() for s in tg.find_shards(tmp_path, "val")] == [[BOS, 5, 6]]
+    assert tg.read_split(tmp_path, "val").tolist() == [BOS, 5, 6]
 
 
 def test_shards_are_in_the_order_of_their_numbers(tmp_path):
     for i in (2, 0, 1):
         write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", [BOS, i])
-    assert [int(s[1]) for s in tg.find_shards(tmp_path, "train")] == [0, 1, 2]
+    assert [int(tg.read_shard(p)[1]) for p in tg.find_shards(tmp_path, "train")] == [0, 1, 2]
+
+
+def test_a_thousand_shards_need_no_thousand_descriptors(tmp_path):
+    """Local preparations of the contest have 1,499 shards, and a process may usually open 1,024 files."""
+    for i in range(150):
+        write_shard(tmp_path / f"fineweb_train_{i:06d}.bin", [BOS, *range(2, 66)])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 140, hard))  # the stream keeps 128 open
+    try:
+        stream = open_stream(tmp_path, tmp_path)
+        assert sorted(int(stream.block(i)[1]) for i in range(150)) == [2] * 150
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_another_validation_set_for_want_of_a_shard_is_named(tmp_path):
+    """Without the first or the last of its shards a validation set is another one, with another score."""
+    sizes = {0: 6, 1: 6, 2: 6, 3: 4}
+    for i, n in sizes.items():
+        write_shard(tmp_path / f"fineweb_val_{i:06d}.bin", [BOS, *range(2, 1 + n)])
+    assert len(tg.read_split(tmp_path, "val")) == 22
+    for gone, named in ((0, "fineweb_val_000000.bin"), (2, "fineweb_val_000002.bin"), (3, "fineweb_val_000003.bin")):
+        kept = (tmp_path / f"fineweb_val_{gone:06d}.bin").rename(tmp_path / "kept")
+        with pytest.raises(SystemExit, match=named):
+            tg.read_split(tmp_path, "val")
+        kept.rename(tmp_path / f"fineweb_val_{gone:06d}.bin")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -190,7 +218,7 @@ def test_step_is_the_same_for_any_number_of_ranks(numbered, tmp_path, world, mic
 def test_micro_batches_cut_the_same_segments(numbered, tmp_path, isolate):
     """Segment borders, too, do not depend on how a step is spread over passes."""
     def segments(**env):
-        stream = open_stream(numbered, tmp_path, DOC_ISOLATION=isolate, **env)
+        stream = open_stream(numbered, tmp_path, DOC_ISOLATION=isolate, TTT_ENABLED=0, **env)
         return [int(b.ids[i]) for step in range(4) for b in stream.make(step) for i in b.cu[:-1]]
     assert segments(MICRO_BATCH_TOKENS=64) == segments(MICRO_BATCH_TOKENS=256)
 
@@ -222,7 +250,7 @@ def test_batches_follow_one_another_whatever_else_is_asked(numbered, tmp_path):
     for step in range(9):
         expected = plain.make(step)
         disturbed.make(8 - step), disturbed.calibration()
-        assert equal(plain.get(1.0), expected) and equal(disturbed.get(1.0), expected)
+        assert equal(plain.get(1.0)[0], expected) and equal(disturbed.get(1.0)[0], expected)
 
 
 def test_targets_are_the_inputs_shifted_by_one(numbered, tmp_path):
@@ -238,7 +266,7 @@ def test_segments_of_a_row_begin_at_blocks_and_documents(numbered, tmp_path):
     assert BOS in starts and all(int(stream.block(i)[0]) in starts for i in range(BLOCKS))
     lengths = torch.cat([b.cu.diff() for s in range(3) for b in stream.make(s)])
     assert lengths.max() == stream.cfg.train_seq_len and lengths.min() >= 1
-    loose = open_stream(numbered, tmp_path, DOC_ISOLATION=0)
+    loose = open_stream(numbered, tmp_path, DOC_ISOLATION=0, TTT_ENABLED=0)
     assert BOS not in [int(b.ids[i]) for s in range(3) for b in loose.make(s) for i in b.cu[:-1]]
 
 
@@ -247,7 +275,7 @@ def test_shorter_segments_come_first(numbered, tmp_path):
     stream, plain = (open_stream(numbered, tmp_path, TRAIN_BATCH_SCHEDULE="", TRAIN_SEQ_SCHEDULE=text) for text in ("5:.25,9:.5", ""))
     full = stream.cfg.train_seq_len
     for step, (p, limit) in enumerate([(0.0, 5), (0.2, 5), (0.25, 9), (0.4, 9), (0.5, full), (0.9, full), (1.0, full)]):
-        cut, whole = stream.get(p), plain.get(p)
+        (cut, _), (whole, _) = stream.get(p), plain.get(p)
         assert max(int(b.cu.diff().max()) for b in cut) == limit
         assert all(torch.equal(a.ids, b.ids) and torch.equal(a.targets, b.targets) and a.longest == full for a, b in zip(cut, whole))
         assert all(set(b.cu.tolist()) <= set(a.cu.tolist()) or limit < full for a, b in zip(cut, whole))
@@ -262,7 +290,7 @@ def test_smaller_steps_come_first_and_nothing_is_read_twice(numbered, tmp_path, 
     ranks = [open_stream(numbered, tmp_path, rank, world, **knobs) for rank in range(world)]
     seen, place = [], 0
     for p, blocks in [(0.0, 2), (0.2, 2), (0.3, 4), (0.5, 4), (0.6, 8), (1.0, 8)]:
-        steps = [s.get(p) for s in ranks]
+        steps = [s.get(p)[0] for s in ranks]
         seen, place = seen + [t for batches in steps for t in flat(batches)], place + blocks
         assert len(seen) == place * ranks[0].pack
         assert {b.ids.numel() for batches in steps for b in batches} == {ranks[0].pack * min(2, blocks // world)}, "as many as fit"
@@ -270,9 +298,39 @@ def test_smaller_steps_come_first_and_nothing_is_read_twice(numbered, tmp_path, 
     assert seen == flat(one.cut(0, place, one.cfg.train_seq_len))
 
 
-@pytest.mark.parametrize("share, world, blocks", [(0.5, 1, 2), (0.5, 2, 1), (0.5, 4, 1), (0.3, 1, 2), (0.75, 1, 3), (1.0, 4, 1), (0.01, 1, 1)])
-def test_shares_are_rounded_up_to_whole_blocks(share, world, blocks):
-    assert tg.rank_blocks(tiny(VOCAB_SIZE=1024), share, world) == blocks
+@pytest.mark.parametrize("share, blocks", [(0.5, 2), (0.3, 2), (0.75, 3), (1.0, 4), (0.01, 1)])
+def test_shares_are_rounded_up_to_whole_blocks(share, blocks):
+    assert tg.step_blocks(tiny(VOCAB_SIZE=1024), share) == blocks
+
+
+@pytest.mark.parametrize("pack", [8192, 16384])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8, 12, 16])
+def test_every_world_trains_the_contests_batches(world, pack):
+    """In every stage of the record's batch schedule, at the contest's batch: the same blocks in the same order, each on one rank,
+    and no rank with more than one block above another's."""
+    cfg = tg.load_config({"PRESET": "record", "PACK_TOKENS": str(pack), "WORLD_SIZE": str(world)}, True)
+    place = 0
+    for p, tokens in [(0.0, 196_608), (0.2, 196_608), (0.35, 393_216), (0.84, 393_216), (0.85, 786_432), (1.0, 786_432)]:
+        blocks = tg.step_blocks(cfg, tg.stage_at(cfg.batch_shares, p))
+        assert blocks * pack == tokens
+        shares = [tg.rank_blocks(blocks, rank, world) for rank in range(world)]
+        assert [place + j for mine in shares for j in mine] == list(range(place, place + blocks))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        place += blocks
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8, 12, 16])
+def test_every_world_reads_the_same_rows(tmp_path, world):
+    """The streams themselves: what ranks read together, step by step through all stages, is what one rank reads."""
+    write_shard(tmp_path / "fineweb_train_000000.bin", np.random.default_rng(0).integers(2, 60, 48 * 40 * 16 + 1))
+    knobs = dict(VOCAB_SIZE=64, PACK_TOKENS=16, TRAIN_BATCH_TOKENS=48 * 16, MICRO_BATCH_TOKENS=128, TRAIN_BATCH_SCHEDULE="0.25:.35,0.5:.85")
+    one, *ranks = (tg.TrainStream(tiny(DATA_PATH=tmp_path, **knobs), make_run(tmp_path, tiny(), *place))
+                   for place in [(0, 1), *((rank, world) for rank in range(world))])
+    for p in (0.0, 0.1, 0.34, 0.35, 0.6, 0.85, 1.0):
+        batches, tokens = one.get(p)
+        parts = [s.get(p) for s in ranks]
+        assert flat(batches) == [t for rows, _ in parts if rows for t in flat(rows)]
+        assert {n for _, n in parts} == {tokens} and tokens == sum(b.ids.numel() for b in batches)
 
 
 def test_too_little_data_is_named(tmp_path):
@@ -284,7 +342,7 @@ def test_too_little_data_is_named(tmp_path):
 @given(per_step=st.integers(1, 40), memory=st.integers(1, 50))
 def test_micro_blocks_is_the_most_that_fits_and_divides(per_step, memory):
     micro = tg.micro_blocks(dataclasses.replace(tiny(), pack_tokens=64, micro_batch_tokens=64 * memory), per_step)
-    assert per_step % micro == 0 and micro <= memory
+    assert per_step % micro == 0 and micro <= memory and tg.micro_blocks(tiny(), 0) == 0
     assert not any(per_step % m == 0 for m in range(micro + 1, min(memory, per_step) + 1))
 
 
@@ -362,7 +420,7 @@ def test_val_docs_beyond_the_set_is_the_set(corpus, tokenizer):
 @pytest.mark.parametrize("isolate", [0, 1])
 @pytest.mark.parametrize("docs", [0, 3])
 def test_sequences_cover_every_target_once(corpus, tokenizer, isolate, docs):
-    val = load_val(corpus, tokenizer, DOC_ISOLATION=isolate, VAL_DOCS=docs)
+    val = load_val(corpus, tokenizer, DOC_ISOLATION=isolate, VAL_DOCS=docs, TTT_ENABLED=0)
     spans = val.sequences
     assert spans[0, 0] == 0 and spans[-1, 1] == val.targets and (spans[1:, 0] == spans[:-1, 1]).all()
     assert (spans[:, 1] > spans[:, 0]).all()

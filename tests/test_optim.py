@@ -317,9 +317,9 @@ def test_a_schedule_that_never_fired_is_named(knobs, last, silent):
 
 
 def test_the_rate_follows_the_tokens_that_a_step_really_has():
-    """Half of three blocks a rank is two: the rate is the root of two thirds, not of a half."""
+    """Half of three blocks is two: the rate is the root of two thirds, not of a half."""
     cfg = small(train_batch_schedule="0.5:0.7", train_batch_tokens=3 * small().pack_tokens)
-    assert [tg.Schedules(cfg, w).at(0.0).lr for w in (1, 3)] == [pytest.approx(math.sqrt(2 / 3)), 1.0]
+    assert tg.Schedules(cfg).at(0.0).lr == pytest.approx(math.sqrt(2 / 3))
 
 
 def test_a_schedule_reports_when_it_first_fired():
@@ -447,15 +447,20 @@ def test_the_reset_is_what_does_it(owner, reset, run, monkeypatch):
 
 @pytest.mark.parametrize("knobs, world, found", [
     # one GPU makes two passes of a whole batch and one of a half, alike, and one half as long of a quarter; of eight each makes one
-    (dict(train_batch_tokens=262144), 1, [(0.25, False), (0.5, True)]), ({}, 8, [(0.25, False), (0.5, True), (1.0, True)]),
-    (dict(num_loops=0), 8, [(0.25, False), (0.5, False), (1.0, False)]), (dict(train_batch_schedule=""), 8, [(1.0, False), (1.0, True)]),
-    (dict(train_batch_schedule="0.5:.2", enable_looping_at=0.3), 8, [(0.5, False), (1.0, False), (1.0, True)])], ids=str)
+    (dict(train_batch_tokens=262144), 1, [(.25, False), (.5, True)]), ({}, 8, [(.25, False), (.5, True), (1, True)]),
+    # a quarter of a batch does not divide by 16: some ranks make a row more than others, in one step or another
+    ({}, 16, [(.25, False), (.5, True), (1, True)]),
+    (dict(num_loops=0), 8, [(.25, False), (.5, False), (1, False)]), (dict(train_batch_schedule=""), 8, [(1, False), (1, True)]),
+    (dict(train_batch_schedule="0.5:.2", enable_looping_at=0.3), 8, [(.5, False), (1, False), (1, True)])], ids=str)
 def test_every_graph_of_a_run_is_compiled_before_it_starts(knobs, world, found):
     cfg = tg.load_config({"PRESET": "record", **{k.upper(): str(v) for k, v in knobs.items()}}, True)
-    assert tg.graphs(cfg, world) == found
-    shapes = {(tg.micro_blocks(cfg, tg.rank_blocks(cfg, tg.stage_at(cfg.batch_shares, p), world)),
-               cfg.num_loops > 0 and p >= cfg.enable_looping_at) for p in np.linspace(0, 0.999, 200)}
-    assert {(tg.micro_blocks(cfg, tg.rank_blocks(cfg, share, world)), looping) for share, looping in found} == shapes
+    assert tg.graphs(cfg, world) == [(share * cfg.blocks_per_batch, looping) for share, looping in found]
+    for rank in range(world):
+        def row(blocks):
+            return tg.micro_blocks(cfg, len(tg.rank_blocks(blocks, rank, world)))
+        shapes = {(row(tg.step_blocks(cfg, tg.stage_at(cfg.batch_shares, p))), cfg.num_loops > 0 and p >= cfg.enable_looping_at)
+                  for p in np.linspace(0, 0.999, 200)}
+        assert {(row(blocks), looping) for blocks, looping in tg.graphs(cfg, world)} == shapes
 
 
 def test_training_learns(run):

@@ -173,9 +173,10 @@ def test_a_document_never_sees_another(tmp_path):
     other.tokens[a + 1:b] = np.where(other.tokens[a + 1:b] > 2, 2, 3)
     scores = []
     for d in (docs, other):
-        scorer = tg.DocumentScorer(model, d, cfg, run)
+        scorer, first = tg.DocumentScorer(model, d, cfg, run), 0
         for phase in scorer.plan:
-            assert scorer.run_steps(phase.steps, lambda: False)
+            assert scorer.run_steps(phase.steps, first, lambda: False)
+            first += len(phase.steps)
         scores.append(scorer.nll[:-1])
     changed = (scores[0] != scores[1]).nonzero().flatten()
     assert len(changed) and changed.min() >= a and changed.max() < b
@@ -213,6 +214,42 @@ def test_out_of_time_the_rest_is_scored_plainly(tmp_path):
     assert result.verdict.startswith(f"each of {sum(LENGTHS)} tokens")
     plain = tg.score_windows(model, Documents(), cfg, run, cfg.eval_seq_len)
     assert result.val_loss == pytest.approx(plain.val_loss, abs=1e-6)
+
+
+@pytest.mark.parametrize("env", [{}, {"TTT_WARM_START_A": 0, "PHASED_TTT_NUM_PHASES": 0}, {"NGRAM_TILT_BOOST": 2, "NGRAM_TILT_ORDER": 2}], ids=str)
+@pytest.mark.parametrize("groups", [2, 3, 8])
+def test_slots_in_groups_score_alike(tmp_path, monkeypatch, env, groups):
+    """A card that does not hold all slots runs them in turns: the same moments, the same hints, the same scores."""
+    model, cfg, run = build(tmp_path, **{"PHASED_TTT_NUM_PHASES": 2, "TTT_SLOTS": 8, **env})
+    together = tg.score_documents(model, Documents(), cfg, run, 0.0)
+    monkeypatch.setattr(tg, "slot_groups", lambda cfg, run, slots: groups)
+    apart = tg.score_documents(model, Documents(), cfg, run, 0.0)
+    np.testing.assert_allclose(apart.nats, together.nats, atol=2e-5)
+    assert apart.learned == together.learned > 0
+    assert apart.verdict.split(";")[:2] == together.verdict.split(";")[:2]
+
+
+@pytest.mark.parametrize("asked", [0, 1, 2, 3])
+def test_time_may_end_between_groups(tmp_path, monkeypatch, asked):
+    """What waits for its turn then is scored with fixed weights, at the moments that hints may have counted on."""
+    model, cfg, run = build(tmp_path, TTT_SLOTS=8, PHASED_TTT_NUM_PHASES=1, NGRAM_TILT_BOOST=2, NGRAM_TILT_ORDER=2)
+    monkeypatch.setattr(tg, "slot_groups", lambda cfg, run, slots: 3)
+    calls = []
+    monkeypatch.setattr(tg, "budget_is_short", lambda *rest: calls.append(0) or len(calls) > asked)
+    result = tg.score_documents(model, Documents(), cfg, run, 0.0)
+    assert result.verdict.startswith(f"each of {sum(LENGTHS)} tokens") and len(calls) == asked + 1
+
+
+def test_counts_of_what_was_not_scored_in_time_are_refused(tmp_path):
+    """The ledger finds at the end that counts were read of a position that got its score later than was planned."""
+    ledger = tg.Ledger(4)
+    ledger.planned = np.array([0, 1, 2, 3], np.int32)
+    for at, moment in ((0, 0), (2, 2), (3, 3)):
+        ledger.rely(np.array([moment - 1]), np.array([moment]), moment)
+        ledger.score(np.array([[at, at + 1, at]]), moment)
+    ledger.score(np.array([[1, 2, 1]]), 4)
+    with pytest.raises(tg.Violation, match="1 tokens that were not scored at the moment"):
+        ledger.verdict()
 
 
 def test_the_phase_between_stops_when_time_is_up(tmp_path):
