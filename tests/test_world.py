@@ -448,12 +448,19 @@ def run_after_run(lab):
     """One name, again and again: hung up, terminated, killed, and at last to its end without a console."""
     seen, forever = {}, lab.small(**FOREVER)
     with_a_console_of_one_page(lab, "twin", forever, seen)
-    for name, number in (("term", signal.SIGTERM), ("kill", signal.SIGKILL)):
-        live = lab.start("twin", forever)
-        live.wait_for("step:2/")
-        live.send(number)
-        seen[name] = live.end()
-        seen[name + " log"] = last_launch(seen[name].path(".txt"))
+    live = lab.start("twin", forever)
+    live.wait_for("step:2/")
+    live.send(signal.SIGTERM)
+    seen["term"] = live.end()
+    seen["term log"] = last_launch(seen["term"].path(".txt"))
+    # as nohup does it: the signal is ignored from the start
+    nohup = ["bash", "-c", "trap '' HUP; exec " + shlex.join([sys.executable, str(lab.program)])]
+    live = Live(lab.root / "twin", "twin", nohup, environment({**forever, "RUN_ID": "twin"}))
+    live.wait_for("step:2/")
+    live.send(signal.SIGHUP)
+    live.wait_for("step:40/")
+    live.send(signal.SIGKILL)
+    seen["kill"] = live.end()
     seen["closed"] = script(lab, "twin", "RUN >&-; exit $?", "twin", outer={"FOO_WIDTH": 3})
     seen["closed log"] = last_launch(seen["closed"].path(".txt"))
     return seen
@@ -490,6 +497,11 @@ def test_a_hangup_is_told_with_what_to_do(console):
     assert console["hangup"] in (128 + signal.SIGHUP, -signal.SIGHUP)
     log = console["hangup log"]
     assert "SIGHUP" in log and re.search("nohup|tmux", log) and "verdict: " not in log, log[-1500:]
+
+
+def test_a_hangup_does_nothing_under_nohup(console):
+    ended = console["kill"]
+    assert ended.code == -signal.SIGKILL and re.search("^step:40/", ended.out, re.M), ended.out
 
 
 def test_a_termination_is_told(console):
