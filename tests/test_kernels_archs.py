@@ -5,7 +5,6 @@ machine code of that for another chip. What is compared is the shared memory tha
 a kernel that does not fit is found out on the GPU, and adaptation's only after all of training.
 """
 import functools
-import importlib.util
 import types
 
 import pytest
@@ -13,11 +12,12 @@ import torch
 from conftest import config, trainer
 
 tg = trainer()
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+pytestmark = pytest.mark.skipif(getattr(tg, "triton", None) is None, reason="triton is not installed")
 
-# bytes of shared memory that a program may ask for: A100; 3090; 4090; H100, H200; RTX 5090 (CUDA's programming guide, compute capabilities)
-SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}
-EVERYWHERE, HOPPER = tuple(SHARED), (90,)
+# bytes of shared memory that a program may ask for: A100; 3090; 4090; H100, H200; B200; RTX 5090 (CUDA's programming guide, compute capabilities)
+SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+EVERYWHERE, HOPPER = tuple(SHARED), (90, 100)
+COLUMNS = 512  # of tensor memory, where sums of products live on a B200
 # where a kernel is launched: those of HOPPER stand behind large_tiles(), the others have no gate
 WHERE = {"attend_forward": HOPPER, "attend_queries": HOPPER, "attend_keys": HOPPER, "product_kernel": HOPPER, "cached_forward": EVERYWHERE,
          "cached_backward": EVERYWHERE, "capped_nll": EVERYWHERE, "mix_back": EVERYWHERE}
@@ -77,7 +77,7 @@ def written_down(work):
 
 @functools.cache
 def shared(launch, arch):
-    """Bytes of shared memory that a program of a launch takes on a chip."""
+    """Bytes of shared memory that a program of a launch takes on a chip; infinite where tensor memory is too small for it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -87,7 +87,7 @@ def shared(launch, arch):
     source = ASTSource(kernel, {n: kinds.get(n, "constexpr") for n in places}, {places[n]: x for n, x in fixed.items()},
                        {places[n]: [["tt.divisibility", 16]] for n in aligned})
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages})
-    return made.metadata.shared
+    return made.metadata.shared if (getattr(made.metadata, "tmem_size", 0) or 0) <= COLUMNS else float("inf")
 
 
 def randoms(*shapes):
@@ -149,8 +149,8 @@ def test_large_tiles_says_where_hoppers_kernels_run(arch, monkeypatch):
     assert tg.large_tiles() == (arch in HOPPER)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c != "one kv head"])  # its other kernels are the record's
-@pytest.mark.parametrize("arch", SHARED)
+# fewer keys, or heads of 64 without groups, change nothing here but attention's grid
+@pytest.mark.parametrize("arch, case", [(arch, case) for arch in SHARED for case in ("record", "pr1855", "smoke") if arch != 100 or case == "record"])
 def test_what_is_launched_in_training_fits(arch, case):
     taken = {launch: shared(launch, arch) for launch in training(case) if arch in WHERE[launch[0]]}
     assert taken and all(size <= SHARED[arch] for size in taken.values()), {launch[0]: size for launch, size in taken.items()}
