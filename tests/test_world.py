@@ -165,7 +165,8 @@ def test_more_launches_that_cannot_be(env):
 
 def test_launches_that_can_be():
     assert tg.launch({}) == tg.launch(dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")) == (0, 0, 1)
-    assert tg.launch(dict(RANK="3", LOCAL_RANK="1", WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")) == (3, 1, 4)
+    group = dict(WORLD_SIZE="4", MASTER_ADDR="127.0.0.1", MASTER_PORT="29999")
+    assert tg.launch(dict(group, RANK="3", LOCAL_RANK="1")) == (3, 1, 4)
 
 
 def wait_for_nobody(lab):
@@ -557,12 +558,13 @@ def printed_commands(log):
 
 def run_with_apostrophes(lab):
     """A run with a space and an apostrophe in all its paths, and what the last command of its log does."""
-    folder, data = lab.root / "a user's run", lab.root / "a user's data"
+    folder, data, code = (lab.root / f"a user's {what}" for what in ("run", "data", "code"))
     shutil.copytree(lab.root / "corpus", data)
+    shutil.copytree(lab.program.parent, code)
     logs, name = "my logs, don't delete", "it's me"
     knobs = settings(lab, DATA_PATH=data / "datasets" / lab.shards.name, ARTIFACT_DIR=logs, RUN_ID=name,
                      TOKENIZER_PATH=data / "tokenizers" / Path(lab.data["TOKENIZER_PATH"]).name)
-    ended = Live(folder, name, [sys.executable, str(lab.program)], environment(knobs)).end()
+    ended = Live(folder, name, [sys.executable, str(code / lab.program.name)], environment(knobs)).end()
     commands = printed_commands(last_launch(folder / logs / f"{name}.txt"))
     again = None
     if commands:
