@@ -274,7 +274,7 @@ def results(f: Folder) -> str:
     faults += [f"seed {s} has no log" for s in table if s not in by_seed]
     faults += [f"seed {s} has a log and no entry" for s in by_seed if s not in table]
     for seed in table.keys() & by_seed.keys():
-        run, told = by_seed[seed], table[seed]
+        run, told = by_seed[seed], table[seed] if isinstance(table[seed], dict) else {"val_bpb": table[seed]}
         real = {"val_bpb": run.final.bpb, "val_loss": run.final.loss, "artifact_bytes": run.total, "steps": run.steps}
         faults += [f"seed {seed}: {k} is {told[k]}, the log says {v}" for k, v in real.items()
                    if k in told and v is not None and not runs.agrees(told[k], v)]
@@ -322,9 +322,9 @@ def sizes_told(f: Folder) -> str:
     if not totals or "bytes_total" not in f.json:
         raise Undecided("no bytes_total, or no log with a total")
     told = f.json["bytes_total"]
-    right = told in (max(totals), round(runs.mean(totals)))
-    return broken_if([] if right else [f"bytes_total is {told}, the logs say {sorted(totals)}"],
-                     f"bytes_total {told:,} is in the logs")
+    if told not in (max(totals), round(runs.mean(totals))):
+        raise Broken(f"bytes_total is {told}, the logs say {sorted(totals)}")
+    return f"bytes_total {told:,} is in the logs"
 
 
 @rule("F1", "seeds")
@@ -592,8 +592,9 @@ def artifact_faults(path: Path, manifest: dict, log: runs.Run, told: dict) -> li
              ("its sha256", runs.sha256(path.read_bytes()), sha or runs.sha256(path.read_bytes()))]
     if manifest:
         facts += [("its source", manifest.get("source"), log.source_sha),
-                  ("its seed", manifest.get("config", {}).get("seed"), log.seed),
-                  ("its validation set", manifest.get("validation"), log.validation)]
+                  ("its seed", manifest.get("config", {}).get("seed"), log.seed)]
+    if "validation" in manifest:  # older programs told which set the training run was scored on
+        facts += [("its validation set", manifest["validation"], log.validation)]
     return [f"{path.name}: {what} is {a}, not {b}" for what, a, b in facts if a != b]
 
 
@@ -758,6 +759,9 @@ def bits_per_byte(f: Folder) -> str:
             raise Undecided(f"{f.name(run)} does not say how many tokens were scored")
         judged = {runs.result_pass(run): run.final} if run.final and not f.ours else run.scores
         for name, s in judged.items():
+            if not 0 < s.bpb < math.inf or not 0 < s.loss < math.inf:
+                faults.append(f"{f.name(run)}: {name} {s.bpb} and {s.loss} are no scores")
+                continue
             implied = s.loss / math.log(2) * tokens / s.bpb
             shown.add(round(implied))
             if size and abs(s.loss / math.log(2) * tokens / size - s.bpb) > 3e-7:
@@ -766,14 +770,14 @@ def bits_per_byte(f: Folder) -> str:
             if not size and not FINEWEB_BYTES[0] <= implied <= FINEWEB_BYTES[1]:
                 faults.append(f"{f.name(run)}: {name} implies {implied:,.0f} bytes; the set has 151.07 to 151.08 "
                               "million")
-    return broken_if(faults, f"every score follows from its nats, over {min(shown):,} bytes")
+    return broken_if(faults, f"every score follows from its nats, over {min(shown, default=0):,} bytes")
 
 
 @rule("E2", "byte-count")
 def byte_count(f: Folder) -> str:
     if not f.ours:
         raise Undecided("these logs do not compare their byte table with decoded text")
-    proof = re.compile(r"^val_bpb:enabled .*(byte table equals decoded UTF-8|sidecar)", re.M)
+    proof = re.compile(r"^val_bpb:enabled .*(byte table equals (decoded )?UTF-8 on (?!0 )|sidecar)", re.M)
     missing = [f.name(r) for r in f.logs if not proof.search(f.text(f.name(r)))]
     return broken_if([f"{n}: no comparison of the byte table with decoded text" for n in missing],
                      "the byte table was proved at start-up")

@@ -11,6 +11,7 @@ the answer, 2 if it cannot be computed.
 """
 import argparse
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,6 +47,8 @@ def side(what: str, mode: str | None) -> Side:
     scores = {}
     for i, run in enumerate(found):
         score = runs.result(run, mode)
+        if not 0 < score.bpb < math.inf or not 0 < score.loss < math.inf:
+            raise runs.Unreadable(f"{run.path}: {score.bpb} bpb and {score.loss} nats are no scores")
         seed = i if run.seed is None else run.seed
         if seed in scores:
             raise runs.Unreadable(f"{what}: two runs of seed {seed} ({run.path.name}); name fewer runs")

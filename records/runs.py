@@ -499,7 +499,9 @@ def load(path: Path) -> Run:
         return run
     run = from_log(path)
     if run.dialect == "log" and run.beside(".score.json").is_file():
-        run.headline = json.loads(run.beside(".score.json").read_text(encoding="utf-8")).get("headline")
+        score = json.loads(run.beside(".score.json").read_text(encoding="utf-8"))
+        # before the end it names one of the passes that are done so far
+        run.headline = score.get("headline") if score.get("finished", True) else None
     return run
 
 

@@ -160,6 +160,8 @@ def test_a_text_log_follows_the_score_file_beside_it(tmp_path):
     assert runs.result_pass(runs.load(tmp_path / "x.txt")) == "ttt"
     (tmp_path / "x.score.json").write_text(json.dumps({"headline": "full"}))
     assert runs.load(tmp_path / "x.txt").final.loss == 3
+    (tmp_path / "x.score.json").write_text(json.dumps({"headline": "full", "finished": False}))
+    assert runs.load(tmp_path / "x.txt").final.loss == 2
 
 
 def test_what_cannot_be_decided_is_listed(sides, capsys):

@@ -312,7 +312,7 @@ FAULTS = {
     "source in a log altered": (lambda f: swap(f / "train_seed1.log", "import numpy as np", "import numpy as np  # ours", 1), {"same-code"}),
     "another validation set": (validation_of_another_set, {"validation-set"}),
     "part of the validation set, unsaid": (lambda f: edit(f, validation=lambda v: {**v, "first_documents_only": 0}), {"validation-set"}),
-    "byte table not proved": (lambda f: swap(f / "train_seed3.log", " byte table equals decoded UTF-8", ""), {"byte-count"}),
+    "byte table not proved": (lambda f: sub(f / "train_seed3.log", " byte table equals .*", ""), {"byte-count"}),
     "seeds of two recipes": (lambda f: [swap(f / f"train_seed2{s}", json.loads((f / "submission.json").read_text())["recipe"], "0123456789ab")
                                         for s in (".log", ".jsonl")], {"one-recipe"}),
     "evaluated by another file": (lambda f: sub(f / "eval_seed1.log", r"source sha256:\w+", "source sha256:00"), {"repeated"}),
@@ -395,6 +395,7 @@ def test_a_record_in_order_passes(copy, monkeypatch):
     for file in copy.glob("train_seed*.log"):
         sub(file, r"^(python .*? \| ).*?( \| world_size:)1", r"\g<1>NVIDIA H100 80GB HBM3\g<2>8")
         sub(file, r"^\* VAL_DOCS=4", "  VAL_DOCS=0")
+        sub(file, r"^(verdict: legal: [^;\n]*)[^\n]*$", r"\1")
         swap(file.with_suffix(".jsonl"), '"val_docs": 4', '"val_docs": 0')
     assert not failing(copy)
     assert {o.name for o in check.check(copy) if o.status == "undecided"} == {"margin", "disjoint"}

@@ -3,6 +3,7 @@ folder cannot decide are said to be undecided."""
 import base64
 import json
 import lzma
+import re
 import shutil
 import subprocess
 import zlib
@@ -11,6 +12,7 @@ import pytest
 from records_lab import RECORDS
 
 import check
+import compare
 import runs
 
 RULER = "=" * 100
@@ -356,6 +358,31 @@ def test_a_diagnostic_of_the_packed_model_may_be_what_is_reported(folder):
     swap_json(folder, val_bpb=1.066, val_loss=2.33)
     assert {runs.result_pass(r) for r in runs.find(str(folder))} == {"quantized_ttt_phased"}
     assert outcome(folder, "headline").status == "FAIL"
+
+
+@pytest.mark.parametrize("text", ["0.00000000", "1e999"])
+def test_scores_that_are_none(folder, text):
+    """A pass that broke prints zeros or infinities: a fault, said in words, and nothing to compare."""
+    for file in folder.glob("train_seed*.log"):
+        broken = rf"\1 val_loss:{text} val_bpb:{text}"
+        file.write_text(re.sub(r"^(final_.*) val_loss:.*", broken, file.read_text(), flags=re.M))
+    found = outcome(folder, "bits-per-byte")
+    assert found.status == "FAIL" and "are no scores" in found.text
+    assert not [vars(o) for o in check.check(folder) if o.text.startswith("could not be read")]
+    with pytest.raises(runs.Unreadable, match="are no scores"):
+        compare.side(str(folder), None)
+
+
+@pytest.mark.parametrize("value", [None, "x", [["a"]], {"42": None}, True, -1, {"1337": "x"}])
+def test_odd_values_in_others_folders(folder, value):
+    """Whatever a key of submission.json holds, each rule says something about it, and compare.py does too."""
+    told = json.loads((folder / "submission.json").read_text())
+    for key in [*told, "headline", "compliance", "validation", "track", "python_version", "code_sha256"]:
+        (folder / "submission.json").write_text(json.dumps({**told, key: value}))
+        outcomes = check.check(folder)
+        assert len(outcomes) == len(check.RULES)
+        assert not [(key, vars(o)) for o in outcomes if o.text.startswith("could not be read")]
+        assert compare.main([str(folder), str(folder)]) in (0, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
