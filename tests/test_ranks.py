@@ -31,6 +31,8 @@ class Wires:
     def attach(self, run, rank):
         run.rank, run.world, run.quiet = rank, self.world, True
         run.sum_ = lambda tensor: tensor.copy_(sum(t.clone() for t in self.exchange(rank, tensor.clone())))
+        run.sum_slices = lambda bank: sum(self.exchange(rank, bank)).chunk(self.world)[rank]
+        run.all_slices = lambda shard: torch.cat(self.exchange(rank, shard))
         run.agree = lambda value: self.exchange(rank, value)[0]
         return run
 

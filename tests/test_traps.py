@@ -54,7 +54,6 @@ import ast
 import json
 import re
 import shutil
-import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -208,7 +207,7 @@ def test_case_operators_stand_for_no_bytes(tmp_path, monkeypatch):
         write_shard(tmp_path / f"fineweb_{name}_000000.bin", x)
     assert tg.ValidationSet(cfg, tokenizer).bytes.sum() == len("the weather was wonderfulin paris") == table.sum() - 2 * 3
     write_shard(tmp_path / "fineweb_val_bytes_000000.bin", sidecar + (np.arange(len(tokens)) == 2))
-    with pytest.raises(SystemExit, match="sidecar and table differ at 1 tokens"):
+    with pytest.raises(SystemExit, match="byte sidecar differs from the byte table by 1 of 34 bytes, more than normalisation and operators explain"):
         tg.ValidationSet(cfg, tokenizer)
 
 
@@ -255,7 +254,7 @@ def test_recurrence_comes_on_in_compiled_code(run, monkeypatch):
     rows = [tg.make_batch(ids[:-1], ids[1:], np.array(cu, np.int32), 33, run, room=6) for cu in ((0, 1, 20, 33), (0, 9, 33))]
     with torch.no_grad():
         eager = [model.nll(*row) for model.looping in (False, True) for row in rows]
-        tg.compile_model(model, cfg, run)
+        tg.compile_model(model, cfg, run, 2)
         for model.looping in (False, True, False):
             for row, expected in zip(rows, eager[2:] if model.looping else eager):
                 torch.testing.assert_close(model.nll(*row), expected)
@@ -263,24 +262,16 @@ def test_recurrence_comes_on_in_compiled_code(run, monkeypatch):
     assert 0 < counts[0] == counts[1] < counts[2] == counts[-1]
 
 
-def on_two_ranks(cfg, step, shares, folder, monkeypatch):
+def on_two_ranks(cfg, step, shares, folder):
     """step(its share, run) on two ranks, which are threads; -> what both return."""
-    wires, here = Wires(2), threading.local()
-
-    def work(rank):
-        here.rank = rank
-        return step(shares[rank], wires.attach(make_run(folder, cfg), rank))
-
-    def scatter(shard, bank):
-        shard.copy_(sum(wires.exchange(here.rank, bank)).chunk(2)[here.rank])
-    monkeypatch.setattr(tg.dist, "reduce_scatter_tensor", scatter)
-    monkeypatch.setattr(tg.dist, "all_gather_into_tensor", lambda full, x: full.copy_(torch.cat(wires.exchange(here.rank, x))))
+    wires = Wires(2)
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(work, range(2)))
+        return list(pool.map(lambda rank: step(shares[rank], wires.attach(make_run(folder, cfg), rank)), range(2)))
 
 
-def test_the_mean_gradient_is_clipped_and_ranks_stay_equal(run, tmp_path, monkeypatch):
-    """PR #1693 clipped each rank's own gradient before the reduction: another recipe for every number of ranks."""
+def test_the_mean_gradient_is_clipped_and_ranks_stay_equal(run, tmp_path):
+    """PR #1693 clipped each rank's own gradient before the reduction: another recipe for every number of ranks. Ranks hold parts of
+    the mean, which add up to it."""
     cfg, rng = small(grad_clip_norm=0.01), torch.Generator().manual_seed(0)
     grads = [[size * torch.randn(p.shape, generator=rng) for p in tg.GPT(cfg).parameters()] for size in (1, 100)]
 
@@ -289,13 +280,13 @@ def test_the_mean_gradient_is_clipped_and_ranks_stay_equal(run, tmp_path, monkey
         optimizers = tg.Optimizers(model, cfg, run)
         torch._foreach_copy_(optimizers.rows.grads, own)
         return float(optimizers.step(tg.Values(1.0, 0.9, True))), flat(model)
-    norm, weights = step([(a + b) / 2 for a, b in zip(*grads)], run)
-    one, two = on_two_ranks(cfg, step, grads, tmp_path, monkeypatch)
+    norm, weights = step([a + b for a, b in zip(*grads)], run)
+    one, two = on_two_ranks(cfg, step, grads, tmp_path)
     assert one[0] == two[0] == pytest.approx(norm, rel=1e-5) and norm > 1 and torch.equal(one[1], two[1])
     torch.testing.assert_close(one[1], weights, atol=1e-4, rtol=0)
 
 
-def test_parameters_that_a_plan_leaves_idle_do_not_stall_ranks(tmp_path, monkeypatch):
+def test_parameters_that_a_plan_leaves_idle_do_not_stall_ranks(tmp_path):
     """PR #413 had lambdas without a gradient, and distributed training waits for gradients; here skips that only loops use."""
     cfg = small(num_layers=1, xsa_last_n=1, loop_start=0, loop_end=0, parallel_start_layer=0)
 
@@ -306,7 +297,7 @@ def test_parameters_that_a_plan_leaves_idle_do_not_stall_ranks(tmp_path, monkeyp
         assert model.skip.weights.grad is None
         tg.train_step(model, tg.Optimizers(model, cfg, run), [make_row(run, seed=seed)], tg.Values(1.0, 0.9, False))
         return flat(model)
-    one, two = on_two_ranks(cfg, step, (1, 2), tmp_path, monkeypatch)
+    one, two = on_two_ranks(cfg, step, (1, 2), tmp_path)
     assert one.isfinite().all() and torch.equal(one, two)
 
 
@@ -391,7 +382,7 @@ def test_a_score_on_casefolded_text_says_so(corpus, tmp_path):
     run.open_log(cfg)
     quantizer, path = tg.Quantizer(tg.build_model(cfg, run), cfg, {}, run), tmp_path / "some.artifact"
     path.write_bytes(tg.build_artifact(quantizer.solve()[0], quantizer.kept, {}, ["zlib"])[0])
-    tg.job(cfg, run, {"path": path, "data": path.read_bytes(), "manifest": {"validation": {}}})
+    tg.job(cfg, run, {"path": path, "data": path.read_bytes()})
     assert re.fullmatch("verdict: .*; but LOSSY data .casefold.*", run.path(".txt").read_text().splitlines()[-1])
 
 
