@@ -2,6 +2,7 @@
 import ast
 import dataclasses
 import inspect
+import itertools
 import os
 import re
 import subprocess
@@ -25,7 +26,7 @@ SHELL = """
     XPC_SERVICE_NAME __CF_USER_TEXT_ENCODING Apple_PubSub_Socket_Render SSH_AUTH_SOCK SSH_CLIENT SSH_CONNECTION SSH_TTY
     SUDO_USER TMUX STY DBUS_SESSION_BUS_ADDRESS SYSTEMD_EXEC_PID INVOCATION_ID JOURNAL_STREAM LD_LIBRARY_PATH LD_PRELOAD
     DYLD_LIBRARY_PATH PKG_CONFIG_PATH HTTP_PROXY HTTPS_PROXY NO_PROXY http_proxy no_proxy SSL_CERT_FILE REQUESTS_CA_BUNDLE
-    CACHE CACHE_DIR DATA_DIR DATASET LOG_LEVEL LOGLEVEL DEBUG VERBOSE OUTPUT_DIR WORKSPACE BUILD_ID BUILD_NUMBER JOB_NAME
+    CACHE CACHE_DIR DATASET LOG_LEVEL LOGLEVEL DEBUG VERBOSE OUTPUT_DIR WORKSPACE BUILD_ID BUILD_NUMBER JOB_NAME
     CI GITHUB_ACTIONS GITHUB_RUN_ID GITHUB_RUN_NUMBER GITHUB_SHA GITHUB_WORKSPACE GITHUB_TOKEN RUNNER_OS RUNNER_TEMP
     GITLAB_CI CI_JOB_ID CI_COMMIT_SHA CI_PIPELINE_ID CIRCLECI JENKINS_URL TRAVIS BUILDKITE TF_BUILD
     CONDA_DEFAULT_ENV CONDA_EXE CONDA_PREFIX CONDA_PROMPT_MODIFIER CONDA_PYTHON_EXE CONDA_SHLVL _CE_CONDA MAMBA_EXE
@@ -74,7 +75,15 @@ RULES = [  # (knobs on top of the smoke preset, the knob that is named, a piece 
     ({"MIXER": "uu"}, "MIXER", "each once"),
     ({"GATE_WINDOW": 129}, "GATE_WINDOW", "MODEL_DIM=128"),
     ({"GPTQ_RESERVE_SECONDS": 75}, "GPTQ_RESERVE_SECONDS", "leaves nothing of MAX_WALLCLOCK_SECONDS=75"),
-    ({"DETERMINISTIC": 1, "ITERATIONS": 20000}, "ITERATIONS", "DETERMINISTIC=1"),
+    ({"DETERMINISTIC": 1, "ITERATIONS": 1000000}, "ITERATIONS", "without a clock (MAX_WALLCLOCK_SECONDS=0 or DETERMINISTIC=1)"),
+    ({"MAX_WALLCLOCK_SECONDS": 0, "ITERATIONS": 1000000}, "ITERATIONS", "say how many"),  # schedules would never get anywhere
+    ({"MODEL_DIM": 512, "NUM_HEADS": 1, "NUM_KV_HEADS": 1}, "NUM_HEADS", "512 channels: no fast attention goes beyond 256"),
+    ({"DOC_ISOLATION": 0}, "DOC_ISOLATION", "TTT_METHOD=lora adapts to one document at a time"),
+    ({"TTT_CHUNK_SIZE": 257}, "TTT_CHUNK_SIZE", "EVAL_SEQ_LEN=256"),
+    ({"TTT_LORA_SITES": "", "TTT_ASYM_LOGIT": 0}, "TTT_LORA_SITES", "nothing would adapt"),
+    ({"PARALLEL_START_LAYER": 2, "NUM_LOOPS": 3}, "PARALLEL_START_LAYER",
+     "inside the loop: layer 1 would follow layer 2 on one stream, and what the second lane holds would be lost"),
+    *(({"RUN_ID": text}, "RUN_ID", "a file name") for text in ("exp/seed42", "..", "-x", " x", "x ", "a\nb", "a\\b")),
     ({"BIGRAM_VOCAB_SIZE": 1}, "BIGRAM_VOCAB_SIZE", ""),  # one row is the one without a pair: pairs would hash modulo 0
 ]
 
@@ -212,7 +221,8 @@ def test_seed_that_the_generators_cannot_take_stops():
 
 @pytest.mark.parametrize("name, value", [("WORLD_SIZE", "0"), ("WORLD_SIZE", ""), ("RANK", "first"), ("LOCAL_RANK", "1.0")])
 def test_broken_launcher_variables_stop_in_words(name, value):
-    assert name in refusal(**{name: value})
+    with pytest.raises(tg.ConfigError, match=f"^config: {name}={value!r}: a rank or a number of ranks expected"):
+        tg.launch({name: value})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -222,6 +232,18 @@ def test_broken_launcher_variables_stop_in_words(name, value):
 def test_rule_refuses(env, named, reason):
     text = refusal(**env)
     assert text.startswith(f"config: {named}=") and reason in text
+
+
+def test_lanes_are_refused_just_where_a_visit_would_lose_them():
+    """By the plan itself, over all small loops: once there are lanes, every later layer application has them."""
+    for layers, start, last, loops, lanes in itertools.product(range(2, 6), range(5), range(5), range(4), range(5)):
+        if start <= last < layers and lanes < layers:
+            knobs = dict(NUM_LAYERS=layers, XSA_LAST_N=0, NUM_LOOPS=loops, LOOP_START=start, LOOP_END=last, PARALLEL_START_LAYER=lanes)
+            plan = [bool(v.lanes) for v in tg.layer_plan(tg.load_config({"PRESET": "smoke", **{k: str(v) for k, v in knobs.items()}}, False, check=False), True)]
+            if plan == sorted(plan):
+                config(**knobs)
+            else:
+                assert refusal(**knobs).startswith("config: PARALLEL_START_LAYER="), knobs
 
 
 def test_every_rule_of_validate_is_broken_above():
@@ -235,9 +257,14 @@ def test_every_rule_of_validate_is_broken_above():
 
 def test_rules_hold_at_their_edge():
     config(ROPE_DIMS=32, XSA_LAST_N=5, LOOP_START=4, LOOP_END=4, EVAL_STRIDE=256, VAL_BATCH_TOKENS=256,
-           MICRO_BATCH_TOKENS=2048, GATE_WINDOW=128, WORLD_SIZE=4, DETERMINISTIC=1, ITERATIONS=19999, BIGRAM_VOCAB_SIZE=2)
+           MICRO_BATCH_TOKENS=2048, GATE_WINDOW=128, WORLD_SIZE=4, DETERMINISTIC=1, ITERATIONS=999999, BIGRAM_VOCAB_SIZE=2, TTT_CHUNK_SIZE=256)
     config(NUM_LOOPS=0, LOOP_START=9, LOOP_END=1)  # no loop, no rule about it
-    config(MODE="eval", DETERMINISTIC=1, ITERATIONS=20000)
+    config(MODE="eval", DETERMINISTIC=1, ITERATIONS=1000000)
+    config(MODEL_DIM=256, NUM_HEADS=1, NUM_KV_HEADS=1)
+    config(DOC_ISOLATION=0, TTT_METHOD="chunk"), config(DOC_ISOLATION=0, TTT_ENABLED=0, TTT_CHUNK_SIZE=512)
+    config(TTT_LORA_SITES="", TTT_ASYM_LOGIT=1), config(TTT_LORA_SITES="q", TTT_ASYM_LOGIT=0)
+    config(PARALLEL_START_LAYER=1, NUM_LOOPS=3), config(PARALLEL_START_LAYER=2, NUM_LOOPS=3, PARALLEL_RESIDUAL="one")
+    config(RUN_ID="seed 42, 4.5x"), config(MICRO_BATCH_TOKENS=0)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 6, 8, 16])
@@ -297,11 +324,11 @@ def test_recipe_hash_is_of_the_recipe_only():
 
 
 @pytest.mark.parametrize("name", sorted(n for n, f in KNOBS.items() if type(f.default) in (bool, int, float)))
-def test_every_number_but_seed_and_sampling_is_in_the_recipe_hash(name):
+def test_every_number_but_seed_sampling_and_rows_is_in_the_recipe_hash(name):
     cfg, f = config(), KNOBS[name]
     value = getattr(cfg, f.name)
     changed = dataclasses.replace(cfg, **{f.name: not value if isinstance(value, bool) else value + 1})
-    outside = name in ("SEED", "SAMPLE_TOKENS", "SAMPLE_TEMPERATURE")
+    outside = name in ("SEED", "SAMPLE_TOKENS", "SAMPLE_TEMPERATURE", "MICRO_BATCH_TOKENS")  # the last one is the GPU's memory
     assert (changed.recipe_hash() == cfg.recipe_hash()) == outside
 
 
