@@ -291,7 +291,8 @@ def schedules(groups: dict[str, list[runs.Run]], program) -> Figure:
     for name, members in groups.items():
         # knobs that are younger than the run have their defaults, but it followed no schedule that it did not know, and
         # its batch was no multiple of a block
-        told = {"train_batch_schedule": "", "pack_tokens": members[0].batch} | {k.lower(): v for k, v in members[0].config.items()}
+        told = {"train_batch_schedule": "", "pack_tokens": members[0].batch}
+        told |= {k.lower(): v for k, v in members[0].config.items()}
         config = program.Config(**{f.name: told[f.name] for f in dataclasses.fields(program.Config) if f.name in told})
         values = [program.Schedules(config).at(p) for p in progress]
         alike.setdefault(tuple((v.lr, v.momentum, 1 + v.looping * config.num_loops) for v in values), []).append(name)

@@ -302,16 +302,16 @@ class Sweep:
         self.set_aside(job)
         lock = take_lock(self.folder / "locks" / job.id)
         os.ftruncate(lock, 0), os.write(lock, str(slot).encode())
-        program = self.folder / "program" / "train_gpt.py"
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"] if self.ranks > 1 else []
-        # relative, so that logs, which are published, do not show this machine's folders
+        # relative, so that logs, which are published and hold the command that goes on, do not show this machine's folders
+        program = os.path.relpath(self.folder / "program" / "train_gpt.py", self.root)
         folder = os.path.relpath(self.logs, self.root)
         own = {"RUN_ID": job.id, "SEED": str(job.seed), "ARTIFACT_DIR": folder}
         if job.mode:
             knob, suffix, _ = LATER[job.mode]
             own[knob] = f"{folder}/{self.control_of(job).id}{suffix}"
         with open(self.folder / "console" / f"{job.id}.txt", "w") as console:
-            process = subprocess.Popen([sys.executable, *launch, str(program)], cwd=self.root, stdout=console,
+            process = subprocess.Popen([sys.executable, *launch, program], cwd=self.root, stdout=console,
                                        stderr=subprocess.STDOUT,
                                        env={**self.shell, **self.places[slot], **dict(job.knobs), **own},
                                        pass_fds=[lock], start_new_session=True)
