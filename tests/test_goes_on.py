@@ -15,8 +15,7 @@ import time
 
 import pytest
 from conftest import config
-from test_process import FINAL, SMALL, STEP, Ended, Live, environment, kill, together
-from test_process import lab  # noqa: F401 (fixture)
+from test_process import FINAL, SMALL, STEP, Ended, Lab, Live, environment, kill, together
 from test_world import Seen, caught, last_launch, path_with_python
 
 RUN = dict(DETERMINISTIC=1, ITERATIONS=4, VAL_DOCS=2, TRAIN_BATCH_SCHEDULE="")  # all three passes
@@ -85,6 +84,11 @@ NO_MEMORY = {
     "adaptation": (f"before(tg.DocumentScorer, 'step', lambda: {EMPTY}, call=3)",
                    {"TTT_SLOTS", "TTT_BATCH_TOKENS", "TTT_CHUNK_SIZE", "GLOBAL_TTT_CHUNK_TOKENS", "TTT_LORA_RANK"}),
 }
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    return Lab(tmp_path_factory.mktemp("goes_on"))
 
 
 def small(lab, **changes):

@@ -21,8 +21,7 @@ from typing import NamedTuple
 
 import pytest
 from conftest import config, trainer
-from test_process import FOREVER, ONE_PASS, ROOT, RULER, STEP, Ended, Live, environment, kill, together
-from test_process import lab  # noqa: F401 (fixture)
+from test_process import FOREVER, ONE_PASS, ROOT, RULER, STEP, Ended, Lab, Live, environment, kill, together
 
 tg = trainer()
 KNOBS = {f.name.upper() for f in tg.dataclasses.fields(tg.Config)}
@@ -30,6 +29,11 @@ KNOBS = {f.name.upper() for f in tg.dataclasses.fields(tg.Config)}
 QUICK = dict(ITERATIONS=2, VAL_DOCS=1, QUANTIZER="rtn", STEP_RULE="sdclip", TRAIN_BATCH_SCHEDULE="", **ONE_PASS)
 SOON = 45  # seconds of a busy machine for what takes three: imports, and then a refusal
 LIMIT = 60  # seconds after which a process is killed that should have ended long ago
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    return Lab(tmp_path_factory.mktemp("world"))
 
 
 class Told(NamedTuple):
