@@ -250,7 +250,8 @@ class PackKnobs:
     lqer_top_k: int = knob(0, "tensors, of largest quantisation error, that get a low-rank correction of it (LQER)", low=0)
     lqer_rank: int = knob(4, "rank of that correction; its factors take 2 and 4 bits", low=1)
     lqer_asym_group: int = knob(64, "weights that share a step in the second factor", low=1)
-    gptq_calibration_batches: int = knob(16, "micro-batches of training data a rank gives to the Hessians", low=1)
+    gptq_calibration_batches: int = knob(16, "rows of training data a rank gives to the Hessians, each its share of a batch, 131,072 tokens at "
+                                         "most; shorter rows, for want of memory, are more", low=1)
     gptq_reserve_seconds: float = knob(-1.0, "training time kept for the Hessians; -1: measured in the warm-up", low=-1)
     compressor: str = knob("auto", "entropy coder; auto: smallest by section", ("auto", "brotli", "zstd", "lzma", "zlib"))
     artifact_max_bytes: int = knob(16_000_000, "cap on packed code + model; one factor of all steps brings them under it", low=1)
@@ -700,6 +701,11 @@ EVAL_SPANS = ("eval load", "eval full", "eval sliding", "eval ttt")  # decompres
 RULER = "=" * 100  # parsers of contest logs start after it: what stands before is source code
 
 
+def show_help() -> None:
+    """What this file says of itself."""
+    print(__doc__)
+
+
 class Diverged(RuntimeError):
     """The loss or a gradient is not a usable number any more."""
 
@@ -834,42 +840,36 @@ def write_atomic(path: Path, data: bytes | Callable) -> None:
         part.unlink(missing_ok=True)  # nothing half-written stays, whatever went wrong
 
 
-class Run:
-    """Rank, device and voice of this process. Methods that communicate must be called by every rank."""
+def lock(file) -> bool:
+    """Whether no other process that lives holds this open file; until this one ends, it does. True where a system has no such locks."""
+    try:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process, so that what it starts does not keep it
+    except (BlockingIOError, PermissionError):
+        return False
+    except (ImportError, OSError):
+        pass
+    return True
 
-    def __init__(self, cfg: Config, ranks: tuple[int, int, int], quiet: bool = False):
-        self.rank, self.local, self.world = ranks
-        self.device = torch.device("cuda", self.local) if HAVE["cuda"] else torch.device("cpu")
-        # bf16 on a CPU is slower and only less exact
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.quiet, self.folder, self.id = quiet, Path(cfg.artifact_dir), cfg.run_id
+
+class Voice:
+    """What a process tells: a log, its JSONL and the console from rank 0, and what the verdict will say."""
+
+    def __init__(self, cfg: Config, rank: int, world: int, quiet: bool = False):
+        self.rank, self.world, self.quiet, self.folder, self.id = rank, world, quiet, Path(cfg.artifact_dir), cfg.run_id
         self.clock = Clock(torch.cuda.synchronize if HAVE["cuda"] else lambda: None)
         self.files = []
         self.failures: list[str] = []  # broken rules that did not stop the run; the last line and exit status tell
         self.caveats: list[str] = []  # what the verdict must say though no rule of the run was broken
         self.goes_on = ""  # the command that goes on from what is on disk, should this process die
-        self.scorer_ready = not self.gpu  # whether the scorer is compiled
-        if self.gpu:
-            if self.local >= torch.cuda.device_count():
-                raise SystemExit(f"LOCAL_RANK={self.local}, but this machine shows {torch.cuda.device_count()} GPUs: start as many ranks as it has")
-            torch.cuda.set_device(self.device)
-            torch.set_num_threads(1)  # with one a core, three runs and the tests at once were not past their first weights in two minutes
-        join(ranks)
-        random.seed(cfg.seed), np.random.seed(cfg.seed), torch.manual_seed(cfg.seed)  # library calls that draw by themselves
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.use_deterministic_algorithms(cfg.deterministic)
 
     @property
     def main(self) -> bool:
         return self.rank == 0
 
     @property
-    def gpu(self) -> bool:
-        return self.device.type == "cuda"
-
-    def place(self, rows: list[Tensor]) -> list[Tensor]:
-        """Host tensors on this rank's device, copied behind the host's back where the device allows it."""
-        return [r.pin_memory().to(self.device, non_blocking=True) for r in rows] if self.gpu else rows
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name() if HAVE["cuda"] else f"CPU, {torch.get_num_threads()} threads"
 
     def open_log(self, cfg: Config) -> None:
         """Start logs/RUN_ID.txt and .jsonl: source, ruler, versions, device, resolved config."""
@@ -882,9 +882,8 @@ class Run:
             raise ConfigError(f"RUN_ID={self.id}: in use by a run that is still alive; {self.path('.txt')} is its log")
         self.write(0, SOURCE + "\n" + RULER + "\n")
         versions = f"python {platform.python_version()} torch {torch.__version__} numpy {np.__version__}"
-        device = torch.cuda.get_device_name() if HAVE["cuda"] else f"CPU, {torch.get_num_threads()} threads"
         self.log(f"run_id:{self.id} mode:{cfg.mode} preset:{cfg.preset} recipe:{cfg.recipe_hash()} seed:{cfg.seed}")
-        self.log(f"{versions} | {device} | world_size:{self.world} | source sha256:{sha256(SOURCE.encode())}")
+        self.log(f"{versions} | {self.device_name} | world_size:{self.world} | source sha256:{sha256(SOURCE.encode())}")
         self.log(f"available: {' '.join(k for k, v in HAVE.items() if v) or 'nothing optional'}")
         asked = shell_environment().get("CUDA_VISIBLE_DEVICES")
         if asked not in (None, "", "-1") and not HAVE["cuda"]:  # one that does not exist would train on the CPU for days
@@ -897,7 +896,7 @@ class Run:
         if unread:
             self.warn(f"set for this run, but nothing here reads {'it' if len(unread) == 1 else 'them'}: {', '.join(unread)}")
         start_tracker(self, cfg)
-        self.event("machine", versions=versions, device=device)
+        self.event("machine", versions=versions, device=self.device_name)
         self.event("config", recipe=cfg.recipe_hash(), source=sha256(SOURCE.encode()), world=self.world, **cfg.as_dict())
 
     def path(self, suffix: str) -> Path:
@@ -952,6 +951,42 @@ class Run:
             # t first: two events of a kind stay sortable
             record = {"event": kind, "t": round(self.clock.read(), 3), **fields}
             self.write(1, json.dumps(record, default=str) + "\n")
+
+    def close(self) -> None:
+        """Close the log."""
+        for f in filter(None, self.files):
+            with contextlib.suppress(OSError):  # a full disk was said where it was met
+                f.close()
+        self.files = []
+
+
+class Run(Voice):
+    """Rank, device and voice of this process. Methods that communicate must be called by every rank."""
+
+    def __init__(self, cfg: Config, ranks: tuple[int, int, int], quiet: bool = False):
+        rank, self.local, world = ranks
+        super().__init__(cfg, rank, world, quiet)
+        self.device = torch.device("cuda", self.local) if HAVE["cuda"] else torch.device("cpu")
+        # bf16 on a CPU is slower and only less exact
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.scorer_ready = not self.gpu  # whether the scorer is compiled
+        if self.gpu:
+            if self.local >= torch.cuda.device_count():
+                raise SystemExit(f"LOCAL_RANK={self.local}, but this machine shows {torch.cuda.device_count()} GPUs: start as many ranks as it has")
+            torch.cuda.set_device(self.device)
+            torch.set_num_threads(1)  # with one a core, three runs and the tests at once were not past their first weights in two minutes
+        join(ranks)
+        random.seed(cfg.seed), np.random.seed(cfg.seed), torch.manual_seed(cfg.seed)  # library calls that draw by themselves
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.use_deterministic_algorithms(cfg.deterministic)
+
+    @property
+    def gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def place(self, rows: list[Tensor]) -> list[Tensor]:
+        """Host tensors on this rank's device, copied behind the host's back where the device allows it."""
+        return [r.pin_memory().to(self.device, non_blocking=True) for r in rows] if self.gpu else rows
 
     def fetch(self, numbers: Tensor) -> tuple[Tensor, Callable[[], None]]:
         """(host copy under way, function that waits until it is there): the device queue is not drained."""
@@ -1036,24 +1071,9 @@ class Run:
 
     def close(self) -> None:
         """Close the log and leave the process group."""
-        for f in filter(None, self.files):
-            with contextlib.suppress(OSError):  # a full disk was said where it was met
-                f.close()
-        self.files = []
+        super().close()
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def lock(file) -> bool:
-    """Whether no other process that lives holds this open file; until this one ends, it does. True where a system has no such locks."""
-    try:
-        import fcntl
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process, so that what it starts does not keep it
-    except (BlockingIOError, PermissionError):
-        return False
-    except (ImportError, OSError):
-        pass
-    return True
 
 
 def script(folder: str, name: str) -> Path:
@@ -1354,25 +1374,6 @@ def micro_blocks(cfg: Config, blocks: int) -> int:
     return max((m for m in range(1, most + 1) if blocks % m == 0), default=0)
 
 
-def row_bytes(cfg: Config, run: Run) -> int:
-    """About what a token of a training row takes on the device, by what its passes keep: a hidden row and eight of the stream's width
-    a layer application in bf16, logits twice; a third more is under way, and without our kernels, or compiled code, two or four times as much."""
-    visits = cfg.num_layers + cfg.num_loops * (cfg.loop_end - cfg.loop_start + 1)
-    fused = HAVE["triton"] and cfg.kernels != "eager"
-    factor = 1.35 if fused and torch.cuda.get_device_capability() >= (9, 0) else 2.7 if HAVE["triton"] and cfg.compile_scope != "none" else 5.4
-    return int(factor * 2 * (visits * (cfg.hidden_dim + 8 * cfg.model_dim) + 2 * cfg.vocab_size))
-
-
-def fit_rows(cfg: Config, run: Run) -> Config:
-    """MICRO_BATCH_TOKENS=0 as what this GPU holds: the most of MOST_ROW_TOKENS and its halves, the same on all ranks."""
-    if cfg.micro_batch_tokens or not run.gpu:
-        return cfg
-    rows, room = MOST_ROW_TOKENS, 0.9 * run.free_bytes() - (3 << 30)  # weights, their optimiser's state and average, workspaces
-    while rows > cfg.pack_tokens and rows * row_bytes(cfg, run) > room:
-        rows //= 2
-    return dataclasses.replace(cfg, micro_batch_tokens=max(rows, cfg.pack_tokens))
-
-
 class TrainStream:
     """Blocks of PACK_TOKENS over all training shards, permuted anew by (SEED, epoch); step -> this rank's batches."""
     DEPTH = 4  # steps that are cut ahead, so that a slow read of a network disk does not stop all ranks
@@ -1394,9 +1395,15 @@ class TrainStream:
 
     def calibration(self) -> list[Batch]:
         """GPTQ_CALIBRATION_BATCHES of this rank's rows, from steps behind the last that training can reach."""
-        count = self.cfg.gptq_calibration_batches
-        steps = range(self.cfg.iterations, self.cfg.iterations + count)  # one batch at least from each
-        return list(itertools.islice((b for step in steps for b in self.make(step)), count))
+        steps = itertools.count(self.cfg.iterations)
+        return list(itertools.islice((b for step in steps for b in self.make(step)), self.calibration_rows))
+
+    @property
+    def calibration_rows(self) -> int:
+        """So many rows that their tokens do not depend on the memory that decides how long one is."""
+        share = self.per_step // self.run.world
+        whole = micro_blocks(dataclasses.replace(self.cfg, micro_batch_tokens=0), share)
+        return math.ceil(self.cfg.gptq_calibration_batches * whole / micro_blocks(self.cfg, share))
 
     def frequency(self, most: int = 5_000_000) -> Tensor:
         """Share of each token among the first `most` training tokens, with one more of each: [V] fp32."""
@@ -1893,6 +1900,14 @@ def attention_triton(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) 
     In the place of borders it also takes their segment_bounds, which the network makes once a row.
     """
     return torch.ops.golf.attend(q, k, v, *(cu if cu.dim() == 2 else segment_bounds(cu, len(q))).unbind())[0]
+
+
+class Past(NamedTuple):
+    """What one visit remembers of S documents: keys and values [S, cells, K, E], where they go on [S], cells in the ring."""
+    k: Tensor
+    v: Tensor
+    begin: Tensor
+    window: int
 
 
 def ring_view(begin: Tensor, rows: int, window: int) -> Tensor:
@@ -2650,6 +2665,36 @@ def choose_kernels(cfg: Config, run: Run) -> Kernels:
                    choose_cached(cfg, run))
 
 
+def inductor_problem(run: Run) -> str:
+    """What keeps torch.compile from working on this GPU, empty if nothing does: it needs a Triton of its own liking."""
+    if not HAVE["triton"]:
+        return "Triton is missing, or cannot be imported"
+    try:
+        torch.compile(lambda x: torch.relu(x).sum())(torch.ones(64, device=run.device))
+        return ""
+    except Exception as e:  # whatever a compiler throws here only means: do without
+        return said(e)
+
+
+def row_bytes(cfg: Config, run: Run) -> int:
+    """About what a token of a training row takes on the device, by what its passes keep: a hidden row and eight of the stream's width
+    a layer application in bf16, logits twice; a third more is under way, and without our kernels, or compiled code, two or four times as much."""
+    visits = cfg.num_layers + cfg.num_loops * (cfg.loop_end - cfg.loop_start + 1)
+    fused = HAVE["triton"] and cfg.kernels != "eager"
+    factor = 1.35 if fused and torch.cuda.get_device_capability() >= (9, 0) else 2.7 if HAVE["triton"] and cfg.compile_scope != "none" else 5.4
+    return int(factor * 2 * (visits * (cfg.hidden_dim + 8 * cfg.model_dim) + 2 * cfg.vocab_size))
+
+
+def fit_rows(cfg: Config, run: Run) -> Config:
+    """MICRO_BATCH_TOKENS=0 as what this GPU holds: the most of MOST_ROW_TOKENS and its halves, the same on all ranks."""
+    if cfg.micro_batch_tokens or not run.gpu:
+        return cfg
+    rows, room = MOST_ROW_TOKENS, 0.9 * run.free_bytes() - (3 << 30)  # weights, their optimiser's state and average, workspaces
+    while rows > cfg.pack_tokens and rows * row_bytes(cfg, run) > room:
+        rows //= 2
+    return dataclasses.replace(cfg, micro_batch_tokens=max(rows, cfg.pack_tokens))
+
+
 # Newton-Schulz coefficients (a, b, c) of X <- (aI + bA + cA^2)X, A = XX^T. Polar Express: per-iteration minimax
 # polynomials (arXiv 2505.16932, values as PR #1787 ran them); quintic: Jordan's single polynomial (Muon).
 POLAR = ((8.1566, -22.4833, 15.8788), (4.0429, -2.8089, 0.5000), (3.8917, -2.7725, 0.5061), (3.2858, -2.3681, 0.4645),
@@ -2692,14 +2737,6 @@ def settle(weights: list[Tensor], u: Tensor, keep: Tensor, rate: Tensor) -> None
 # 7. LAYERS - the parts of a block. One Attention.forward serves training, scoring, test-time training, calibration and
 #    sampling. Weights are fp32 masters, cast where they are used. A forward asks `is not None`, never the config.
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-class Past(NamedTuple):
-    """What one visit remembers of S documents: keys and values [S, cells, K, E], where they go on [S], cells in the ring."""
-    k: Tensor
-    v: Tensor
-    begin: Tensor
-    window: int
 
 
 class VisitAdapters(NamedTuple):
@@ -3145,17 +3182,6 @@ class GPT(nn.Module):
 # At its own thresholds (30 and 8) the inductor writes what two kernels read in fp32 and separately: two passes over the rows
 # more in a block with lanes, forward and backward (records/plan.py)
 INDUCTOR = {"realize_opcount_threshold": 100, "realize_acc_reads_threshold": 16}
-
-
-def inductor_problem(run: Run) -> str:
-    """What keeps torch.compile from working on this GPU, empty if nothing does: it needs a Triton of its own liking."""
-    if not HAVE["triton"]:
-        return "Triton is missing, or cannot be imported"
-    try:
-        torch.compile(lambda x: torch.relu(x).sum())(torch.ones(64, device=run.device))
-        return ""
-    except Exception as e:  # whatever a compiler throws here only means: do without
-        return said(e)
 
 
 def compile_model(model: GPT, cfg: Config, run: Run, shapes: int) -> None:
@@ -3914,17 +3940,27 @@ ARTIFACT_MAGIC = b"PGOLF\x00\x01\n"
 PACKED_MARK = "# packed by train_gpt.py"
 
 
-def codecs() -> dict[str, tuple[int, Callable[[bytes], bytes], Callable[[bytes], bytes]]]:
-    """name -> (id in the file, compress, decompress) of every entropy coder that is installed."""
-    table = {"zlib": (0, lambda b: zlib.compress(b, 9), zlib.decompress),
-             "lzma": (1, lambda b: lzma.compress(b, preset=9), lzma.decompress)}
+def codecs() -> dict[str, tuple[int, Callable[[bytes], bytes], Callable[[bytes, int], bytes]]]:
+    """name -> (id in the file, compress, decompress to so many bytes and hardly more) of every entropy coder that is installed."""
+    table = {"zlib": (0, lambda b: zlib.compress(b, 9), lambda b, size: zlib.decompressobj().decompress(b, size + 1)),
+             "lzma": (1, lambda b: lzma.compress(b, preset=9), lambda b, size: lzma.LZMADecompressor().decompress(b, size + 1))}
     if HAVE["brotli"]:
         import brotli
-        table["brotli"] = (2, lambda b: brotli.compress(b, quality=11, lgwin=24), brotli.decompress)
+        def unbrotli(b: bytes, size: int) -> bytes:
+            reader = brotli.Decompressor()
+            try:
+                return reader.process(b, output_buffer_limit=size + 1)
+            except TypeError:  # before 1.2 it has no limit: a little at a time, each a thousandfold at most
+                out = bytearray()
+                for at in range(0, len(b), 64):
+                    if len(out) <= size:
+                        out += reader.process(b[at:at + 64])
+                return bytes(out)
+        table["brotli"] = (2, lambda b: brotli.compress(b, quality=11, lgwin=24), unbrotli)
     if HAVE["zstd"]:
         import zstandard
         table["zstd"] = (3, lambda b: zstandard.ZstdCompressor(level=22).compress(b),
-                         lambda b: zstandard.ZstdDecompressor().decompress(b))
+                         lambda b, size: zstandard.ZstdDecompressor().stream_reader(b).read(size + 1))
     return table
 
 
@@ -4121,23 +4157,47 @@ def build_artifact(tensors: dict[str, Quantized], kept: dict[str, Tensor], meta:
 
 
 def read_artifact(data: bytes) -> tuple[dict, dict[str, Tensor]]:
-    """(manifest, dense fp32 weights by name). SystemExit says whether a file is foreign, truncated or altered."""
+    """(manifest, dense fp32 weights by name). SystemExit says whether a file is foreign, truncated, altered or malformed."""
     if data[:8] != ARTIFACT_MAGIC:
         raise SystemExit("artifact: not a file of this program (its first bytes differ)")
     body = data[40:]  # behind magic and checksum
     if hashlib.sha256(body).digest() != data[8:40]:
         raise SystemExit(f"artifact: truncated or altered (checksum of its {len(data)} bytes differs)")
-    known = {number: (name, decode) for name, (number, _, decode) in codecs().items()}
+    try:
+        return read_body(body)
+    except Exception as e:  # a file can say anything: a matching checksum proves that it came whole, not from whom
+        raise SystemExit(f"artifact: malformed ({said(e)})") from None
+
+
+MOST_WEIGHTS = 1 << 28  # of an artifact, and bytes of its sections: seven times what a model of 16 MB holds
+
+
+def read_sections(body: bytes) -> tuple[list[bytes], int]:
+    """(unpacked sections, where what comes behind them begins); ValueError for one that holds more or less than it says."""
+    known = {number: decode for number, _, decode in codecs().values()}
     coded, at = [], 4
     for _ in range(struct.unpack_from("<I", body)[0]):
         number, size, packed = struct.unpack_from("<BII", body, at)
         if number not in known:
             raise SystemExit(f"artifact: section coded with coder {number}, which is not installed; pip install -r requirements.txt")
-        coded.append((known[number][1], body[at + 9:at + 9 + packed]))
+        coded.append((known[number], body[at + 9:at + 9 + packed], size))
         at += 9 + packed
+    if sum(size for *_, size in coded) > MOST_WEIGHTS or at > len(body):
+        raise ValueError("its sections are longer than any model's")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        sections = list(pool.map(lambda c: c[0](c[1]), coded))
+        sections = list(pool.map(lambda c: c[0](c[1], c[2]), coded))
+    if [len(s) for s in sections] != [size for *_, size in coded]:
+        raise ValueError("a section does not hold as many bytes as it says")
+    return sections, at
+
+
+def read_body(body: bytes) -> tuple[dict, dict[str, Tensor]]:
+    """What stands behind the checksum."""
+    sections, at = read_sections(body)
     manifest = json.loads(sections[0])
+    shapes = [*manifest["integers"].values(), *manifest["halves"].values()]
+    if not all(type(n) is int and 0 <= n <= MOST_WEIGHTS for shape in shapes for n in shape) or sum(map(math.prod, shapes)) > MOST_WEIGHTS:
+        raise ValueError("its shapes are no model's")
     flat = torch.from_numpy(unshuffle_bytes(sections[1]).astype(np.float32))
     sizes = [math.prod(s) for s in manifest["halves"].values()]
     weights = {n: t.reshape(s) for (n, s), t in zip(manifest["halves"].items(), flat.split(sizes))}
@@ -4155,6 +4215,9 @@ def read_artifact(data: bytes) -> tuple[dict, dict[str, Tensor]]:
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Fill every parameter; RuntimeError if names or shapes differ."""
     params = dict(model.named_parameters())
+    odd = [n for n in params.keys() & weights.keys() if params[n].shape != weights[n].shape]
+    if odd:
+        raise RuntimeError(f"artifact and model differ in the shape of {odd[0]}: {list(weights[odd[0]].shape)} and {list(params[odd[0]].shape)}")
     if params.keys() != weights.keys():
         raise RuntimeError(f"artifact and model differ in {sorted(params.keys() ^ weights.keys())[:5]}; its RUN_ID.packed.py reads it")
     with torch.no_grad():
@@ -4532,13 +4595,15 @@ class Ledger:
 
 
 class Score(NamedTuple):
-    """Result of one pass: nats a token, bits a byte, seconds, the ledger's line, nats of every target [N] fp64, tokens that were trained on."""
+    """Result of one pass: nats a token, bits a byte, seconds, the ledger's line, nats of every target [N] fp64, tokens that were trained on
+    and that counting had a hint for."""
     val_loss: float
     val_bpb: float
     seconds: float
     verdict: str
     nats: np.ndarray
     learned: int = 0
+    hinted: int = 0
 
     def facts(self) -> dict:
         """What belongs into a log."""
@@ -4572,7 +4637,7 @@ class Scorer:
         self.nll = torch.zeros(val.targets, device=run.device)
         self.start = self.told = run.clock.read()
         self.hints: Hints | None = None
-        self.hinted = not cfg.ngram_tilt_boost  # whether counting had anything to say, where it was asked
+        self.hinted = 0
 
     def rows(self, windows: np.ndarray) -> Iterator[np.ndarray]:
         """Consecutive windows that fit into one flat row."""
@@ -4635,7 +4700,7 @@ class Scorer:
         share = float((self.hints.token >= 0).double().mean())
         self.run.log(f"ngram_tilt: {share:.2%} of {len(moment)} targets hinted, "
                      f"{float((self.hints.token == self.tokens[1:]).double().mean()) / max(share, 1e-12):.1%} of these rightly")
-        self.hinted = share > 0
+        self.hinted = int((self.hints.token >= 0).sum())
 
     def check_hints(self, when: Tensor, count: int) -> None:
         """Hints at positions spread over the pass, by their definition: compare whole contexts, look at earlier moments only."""
@@ -4706,7 +4771,7 @@ class Scorer:
             self.mix()
         nats, size = self.nll.double().cpu().numpy(), float(self.val.bytes.sum())
         total, seconds = float(nats.sum()), self.run.clock.read() - self.start
-        return Score(total / self.val.targets, total / math.log(2) / size, seconds, self.ledger.verdict(), nats, self.ledger.learned)
+        return Score(total / self.val.targets, total / math.log(2) / size, seconds, self.ledger.verdict(), nats, self.ledger.learned, self.hinted)
 
 
 def score_windows(model: GPT, val: ValidationSet, cfg: Config, run: Run, stride: int) -> Score:
@@ -5206,8 +5271,6 @@ def score_documents(model: GPT, val: ValidationSet, cfg: Config, run: Run, reser
                 break
         if (scorer.scorer.ledger.when < 0).any():
             scorer.finish_plain(first)
-    if not scorer.scorer.hinted:
-        run.warn("NGRAM_TILT_BOOST is on, but counting had nothing to say about any of these tokens: the tilt did nothing")
     scorer.scorer.nll += scorer.nll[:-1]  # zeros wherever the other one scored
     return scorer.scorer.result(mixed=True)
 
@@ -5289,6 +5352,8 @@ def evaluate(model: GPT, val: ValidationSet, cfg: Config, run: Run) -> dict[str,
         if name == "ttt" and cfg.ttt_method != "none" and not s.learned:
             run.warn("adaptation trained on 0 tokens: all documents are shorter than one chunk, or time ended first; its score is that of fixed weights")
             run.caveats.append("adaptation trained on 0 tokens")
+        if name == "ttt" and cfg.ngram_tilt_boost and not s.hinted:
+            run.warn("NGRAM_TILT_BOOST is on, but counting had nothing to say about any of these tokens: the tilt did nothing")
         write_scores(run, cfg, results, None, False)  # should a later pass die
         if cfg.doc_losses and run.main:
             write_document_losses(s, val, run.path(f".{name}.docs.npz"))
@@ -5482,7 +5547,7 @@ def warm_up(model: GPT, optimizers: Optimizers, stream: TrainStream, cfg: Config
             calibrate(model, cfg, stream.make(0)[:1] * count, stream, run)
             run.clock.switch("reserve probe")
         part = run.clock.read() - start
-    reserve, most = run.agree(0.5 + 1.1 * part * max(cfg.gptq_calibration_batches / few, 1)), cfg.max_wallclock_seconds / 2
+    reserve, most = run.agree(0.5 + 1.1 * part * max(stream.calibration_rows / few, 1)), cfg.max_wallclock_seconds / 2
     if reserve > most:  # a busy machine is slow for a moment, and a run that only calibrates is worth nothing
         run.warn(f"Hessians seem to take {reserve:.1f}s of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}: half is kept for them, and if that is "
                  "not enough the run is over its budget; fewer GPTQ_CALIBRATION_BATCHES take less")
@@ -5606,7 +5671,7 @@ def restore_config(env: dict, stored: dict, path: Path) -> Config:
     """The stored run's own config, with what the environment says about running it; the network's shape is fixed."""
     # what belongs to that run's files and machine, not to its recipe; before there was FP8, products were in bf16
     own = {k: v for k, v in ({"fp8": "none"} | stored).items() if (k, v) not in REMOVED.items()
-           and k not in ("mode", "run_id", "artifact_dir", "artifact", "checkpoint", "track", "attn_backend", "micro_batch_tokens")}
+           and k not in ("mode", "run_id", "artifact_dir", "artifact", "checkpoint", "track", "attn_backend")}
     known = {f.name: f for f in dataclasses.fields(Config)}
     if own.keys() - known.keys():
         raise SystemExit(f"{path}: made with knobs that are unknown here: {', '.join(sorted(own.keys() - known.keys()))}")
@@ -5615,8 +5680,8 @@ def restore_config(env: dict, stored: dict, path: Path) -> Config:
             raise SystemExit(f"{path}: {k.upper()}={v!r} is no {type(known[k].default).__name__}")
     # what was text then may be a number now
     own = {k: parse_value(known[k], v) if isinstance(v, str) and k.upper() not in env else v for k, v in own.items()}
-    for k, v in own.items():
-        check_value(known[k], v)
+    for k in own.keys() - {name.lower() for name in env}:  # what the environment says is checked where it is read
+        check_value(known[k], own[k])
     cfg = read_config(env, own)
     now = cfg.as_dict()
     for name in (f.name for f in dataclasses.fields(ModelKnobs)):
@@ -5769,7 +5834,7 @@ CONTEST = {"cap": 16_000_000, "seconds": 600.0, "documents": 50_000, "text": (15
 def not_the_contests(cfg: Config, run: Run, val: ValidationSet) -> list[str]:
     """One caveat that names everything in which this run is more lenient than the contest, or other; none where it is the contest's."""
     text, low, high = int(val.bytes.sum()), *CONTEST["text"]
-    device = torch.cuda.get_device_name() if run.gpu else "CPU"
+    device = run.device_name
     clocks = (("training", cfg.max_wallclock_seconds if cfg.timed else 0.0), ("evaluation", cfg.eval_wallclock_seconds))
     found = [f"{name} {f'of {most:g} s' if most else 'without a clock'}" for name, most in clocks if not 0 < most <= CONTEST["seconds"]]
     found += [f"cap of {cfg.artifact_max_bytes} bytes"] * (cfg.artifact_max_bytes > CONTEST["cap"])
@@ -5905,7 +5970,7 @@ def main() -> int:
     """Exit status: 0 all rules held, 1 a rule was broken or the run failed, 128 + n ended by signal n."""
     env = shell_environment()
     if help_wanted(sys.argv[1:]):
-        print(__doc__)
+        show_help()
         return 0
     ranks = launch(env)
     read_config(env, check=False)  # what is wrong with the environment alone is said by each rank, before it waits for others
