@@ -607,8 +607,8 @@ def launch(env: dict) -> tuple[int, int, int]:
 def help_wanted(arguments: list[str]) -> bool:
     """Whether --help stands behind the script, where nothing else is read: anything else is refused with its right spelling."""
     if arguments and not set(arguments) & {"-h", "--help"}:
-        pairs = re.findall(r"(?:^|\s)-*([A-Za-z]\w*)(?:=|\s+(?!-))(\S+)", " ".join(arguments))
-        spelled = " ".join(f"{name.upper()}={shlex.quote(value)}" for name, value in pairs) or "SEED=42"
+        pairs = re.findall(r"(?:^|\s)-*([A-Za-z][\w-]*)(?:=|\s+(?!-))(\S+)", " ".join(arguments))
+        spelled = " ".join(f"{name.upper().replace('-', '_')}={shlex.quote(value)}" for name, value in pairs) or "SEED=42"
         raise ConfigError(f"arguments are not read: {shlex.join(arguments)}. Settings stand in front, as environment variables: "
                           f"{spelled} python train_gpt.py")
     return bool(arguments)
@@ -679,8 +679,8 @@ def shell_environment() -> dict:
 # What names of variables begin with that libraries, launchers, schedulers and shells read. Another name that was set for this
 # run alone, and is no knob, was probably meant as one.
 LIBRARIES = tuple(
-    "CUDA NVIDIA NCCL NV_ CUBLAS TORCH PYTORCH TRITON OMP KMP MKL GOMP OPENBLAS BLIS NUMEXPR GLOO UCX FI_ PYTHON PYTEST PIP VIRTUAL_ENV CONDA "
-    "MAMBA UV_ LD_ PATH MANPATH LANG LC_ TZ HOME USER LOGNAME MAIL SHELL SHLVL PWD OLDPWD TERM COLORTERM COLUMNS LINES DISPLAY XDG DBUS SSH TMUX "
+    "CUDA NVIDIA NCCL NV_ CUBLAS TORCH PYTORCH TRITON OMP KMP MKL GOMP OPENBLAS BLIS NUMEXPR GLOO UCX FI_ PY PIP VIRTUAL_ENV CONDA POETRY TOX "
+    "MAMBA UV_ LD_ SUDO SYSTEMD INVOCATION_ID JOURNAL_STREAM JPY_ CLICOLOR MAKE DIRENV VSCODE LMOD MODULE LOADEDMODULES PATH MANPATH LANG LC_ TZ HOME USER LOGNAME MAIL SHELL SHLVL PWD OLDPWD TERM COLORTERM COLUMNS LINES DISPLAY XDG DBUS SSH TMUX "
     "STY TMP TEMP HF_ HUGGINGFACE TRANSFORMERS TOKENIZERS WANDB TRACKIO TENSORBOARD RANK LOCAL_ WORLD_SIZE GROUP_ ROLE_ MASTER_ SLURM PBS LSB OMPI "
     "PMI PRTE HYDRA MPI RAY KUBERNETES JUPYTER CI GIT HTTP NO_PROXY ALL_PROXY AWS GOOGLE AZURE RUNPOD PS1 PS2 PROMPT HOST EDITOR VISUAL PAGER LESS "
     "LS_ HIST MALLOC ASAN GLIBC TF_ JAX XLA COVERAGE DEBIAN MPLBACKEND SOURCE_DATE _".split())

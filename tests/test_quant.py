@@ -522,7 +522,7 @@ def test_auto_is_no_larger_than_any_coder_it_tries():
 def test_coders_invert(coder, data):
     _, code, decode = tg.codecs()[coder]
     assert decode(code(data), len(data)) == data
-    assert len(data) < 2 or len(data) / 2 <= len(decode(code(data), len(data) // 2)) < len(data), "no more than it was told to expect"
+    assert len(decode(code(bytes(10_000_000)), len(data))) <= len(data) + 2 ** 16, "hardly more than it was told to expect"
 
 
 def gaussians(rows, columns, spread, seed=0):
