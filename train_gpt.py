@@ -151,7 +151,7 @@ class DataKnobs:
     tokenizer_path: str = knob("", "SentencePiece model; empty: data/tokenizers/fineweb_<V>_bpe.model")
     vocab_size: int = knob(8192, "rows of the embedding; must equal the tokenizer's", low=2, high=65536)
     train_batch_tokens: int = knob(786432, "tokens in a step over all ranks, whatever their number", low=1)
-    pack_tokens: int = knob(16384, "tokens in a block; blocks are what is shuffled, and no segment crosses one", low=2)
+    pack_tokens: int = knob(8192, "tokens in a block; blocks are what is shuffled, and no segment crosses one", low=2)
     micro_batch_tokens: int = knob(0, "most tokens in one forward pass of a rank; 0: as many as the GPU's memory holds, at most 131,072", low=0)
     train_seq_len: int = knob(2048, "longest segment in training; longer documents are split", low=2)
     train_seq_schedule: str = knob("", "shorter segments first: tokens:fraction of the run until which, ...; empty: TRAIN_SEQ_LEN")
@@ -169,7 +169,7 @@ class ModelKnobs:
     model_dim: int = knob(512, "width of the residual stream", low=8)
     num_heads: int = knob(4, "query heads; each is MODEL_DIM / NUM_HEADS wide", low=1)
     num_kv_heads: int = knob(2, "key/value heads (grouped-query attention)", low=1)
-    mlp_mult: float = knob(4.5, "hidden width of the MLP over MODEL_DIM; the largest share of the bytes", low=0.1)
+    mlp_mult: float = knob(4.5, "hidden width of the MLP over MODEL_DIM; the largest share of the bytes", low=0.1, high=64)
     mlp_act: str = knob("leaky_relu2", "leaky_relu2 keeps a gradient on the negative side", ("leaky_relu2", "relu2"))
     tie_embeddings: bool = knob(True, "the head is the embedding; untying costs V*D parameters")
     logit_softcap: float = knob(30.0, "logits are cap*tanh(z/cap); 0: no cap", low=0)
@@ -3588,10 +3588,12 @@ def collect_hessians(model: GPT, cfg: Config, batches: list[Batch], run: Run) ->
     Runs the model eagerly on training data in the form it is used in at the end (recurrence on).
     """
     sums: dict[str, Tensor] = {}
-    modules = dict(model.named_modules())
+    modules, largest = dict(model.named_modules()), torch.zeros((), device=run.device)
 
     def watch(name: str, module, args):
         x = args[0].flatten(0, -2).float()  # bf16 products are exact in TF32
+        if run.gpu and cfg.fp8 != "none":
+            torch.maximum(largest, x.amax(), out=largest)
         sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
 
     # a gate is too small to gain from more than rounding
@@ -3605,6 +3607,8 @@ def collect_hessians(model: GPT, cfg: Config, batches: list[Batch], run: Run) ->
             model.nll(*batch)
     for h in hooks:
         h.remove()
+    if float(largest) > 16 * MOST / HIDDEN_8:  # FP8's scales are fixed, and what lies beyond its largest number is cut off in training
+        run.warn(f"FP8: hidden values reach {float(largest):.0f}, and training cut them off at {MOST / HIDDEN_8:.0f}; FP8=none trains without that")
     tokens = sum(b.ids.numel() for b in batches) * run.world
     return {n: run.sum_(h).div_(tokens) for n, h in sums.items()}
 
@@ -4203,7 +4207,7 @@ def read_body(body: bytes) -> tuple[dict, dict[str, Tensor]]:
     weights = {n: t.reshape(s) for (n, s), t in zip(manifest["halves"].items(), flat.split(sizes))}
     shapes = manifest["integers"]
     integers = (ranged_integers(shapes, manifest.get("walked", []), *sections[2:], body[at:]) if manifest.get("coder") == "range" else
-                {n: torch.from_numpy(np.frombuffer(b, np.int8).reshape(shapes[n]).copy()) for n, b in zip(shapes, sections[2:])})
+                {n: torch.from_numpy(np.frombuffer(b, np.int8).reshape(shapes[n]).copy()) for n, b in zip(shapes, sections[2:], strict=True)})
     for n, q in integers.items():
         weights[n] = Quantized(q, weights[n], weights.pop(n + COLUMN, None)).dense()
     for n in [n.removesuffix(LOW_A) for n in weights if n.endswith(LOW_A)]:
@@ -5409,9 +5413,9 @@ class Watch:
         while len(self.pending) > keep:
             step, host, wait, looping, tokens = self.pending.popleft()
             wait()
-            self.read(step, *host.tolist(), looping, tokens, last=not keep and not self.pending)
+            self.read(step, *host.tolist(), looping, tokens, final=not keep and not self.pending)
 
-    def read(self, step: int, loss: float, norm: float, looping: bool, tokens: int, last: bool = False) -> None:
+    def read(self, step: int, loss: float, norm: float, looping: bool, tokens: int, final: bool = False) -> None:
         """Book one step's numbers; Diverged if they are not finite, or worse than twice the uniform guess."""
         now = self.run.clock.read("train")
         last = self.seconds[-1] if self.seconds else 0.0
@@ -5422,7 +5426,7 @@ class Watch:
             raise Diverged(f"step {step + 1}: loss {loss:.4g} (ceiling {self.ceiling:.2f}), gradient norm {norm:.4g}; groups "
                            + " ".join(f"{k} {v:.4g};" for k, v in self.optimizers.group_norms().items()))
         done = step + 1
-        if done <= 10 or done % self.cfg.train_log_every == 0 or last:
+        if done <= 10 or done % self.cfg.train_log_every == 0 or final:
             # the baseline's line, then tokens a second over the last reads and the time left
             pace = self.pace() or now / done
             left = min((self.cfg.iterations - done) * pace,
@@ -5834,7 +5838,7 @@ CONTEST = {"cap": 16_000_000, "seconds": 600.0, "documents": 50_000, "text": (15
 def not_the_contests(cfg: Config, run: Run, val: ValidationSet) -> list[str]:
     """One caveat that names everything in which this run is more lenient than the contest, or other; none where it is the contest's."""
     text, low, high = int(val.bytes.sum()), *CONTEST["text"]
-    device = run.device_name
+    device = run.device_name if run.gpu else "a CPU"
     clocks = (("training", cfg.max_wallclock_seconds if cfg.timed else 0.0), ("evaluation", cfg.eval_wallclock_seconds))
     found = [f"{name} {f'of {most:g} s' if most else 'without a clock'}" for name, most in clocks if not 0 < most <= CONTEST["seconds"]]
     found += [f"cap of {cfg.artifact_max_bytes} bytes"] * (cfg.artifact_max_bytes > CONTEST["cap"])
