@@ -184,7 +184,8 @@ def test_right_tokenizer_passes(make, kind):
     tokenizer = make(kind)
     docs = [document(tokenizer, line) for line in PROSE] + [document(tokenizer, "")]
     size, n = sum(decoded_bytes(tokenizer, doc) for doc in docs), len(docs)
-    assert check(tokenizer, docs) == f"byte table equals UTF-8 on {n} of {n} documents ({size} bytes), {n} of them encoded again to the same tokens"
+    proof = f"byte table equals UTF-8 on {n} of {n} documents ({size} bytes), {n} of them encoded again to the same tokens"
+    assert check(tokenizer, docs) == proof
 
 
 @pytest.mark.parametrize("off", [1, -1])

@@ -75,9 +75,12 @@ RULES = [  # (knobs on top of the smoke preset, the knob that is named, a piece 
     ({"MIXER": "uu"}, "MIXER", "each once"),
     ({"GATE_WINDOW": 129}, "GATE_WINDOW", "MODEL_DIM=128"),
     ({"GPTQ_RESERVE_SECONDS": 75}, "GPTQ_RESERVE_SECONDS", "leaves nothing of MAX_WALLCLOCK_SECONDS=75"),
-    ({"DETERMINISTIC": 1, "ITERATIONS": 1000000}, "ITERATIONS", "without a clock (MAX_WALLCLOCK_SECONDS=0 or DETERMINISTIC=1)"),
-    ({"MAX_WALLCLOCK_SECONDS": 0, "ITERATIONS": 1000000}, "ITERATIONS", "say how many"),  # schedules would never get anywhere
-    ({"MODEL_DIM": 512, "NUM_HEADS": 1, "NUM_KV_HEADS": 1}, "NUM_HEADS", "512 channels: no fast attention goes beyond 256"),
+    ({"DETERMINISTIC": 1, "ITERATIONS": 1000000}, "ITERATIONS",
+     "without a clock (MAX_WALLCLOCK_SECONDS=0 or DETERMINISTIC=1)"),
+    # schedules would never get anywhere
+    ({"MAX_WALLCLOCK_SECONDS": 0, "ITERATIONS": 1000000}, "ITERATIONS", "say how many"),
+    ({"MODEL_DIM": 512, "NUM_HEADS": 1, "NUM_KV_HEADS": 1}, "NUM_HEADS",
+     "512 channels: no fast attention goes beyond 256"),
     ({"DOC_ISOLATION": 0}, "DOC_ISOLATION", "TTT_METHOD=lora adapts to one document at a time"),
     ({"TTT_CHUNK_SIZE": 257}, "TTT_CHUNK_SIZE", "EVAL_SEQ_LEN=256"),
     ({"TTT_LORA_SITES": "", "TTT_ASYM_LOGIT": 0}, "TTT_LORA_SITES", "nothing would adapt"),
@@ -238,8 +241,10 @@ def test_lanes_are_refused_just_where_a_visit_would_lose_them():
     """By the plan itself, over all small loops: once there are lanes, every later layer application has them."""
     for layers, start, last, loops, lanes in itertools.product(range(2, 6), range(5), range(5), range(4), range(5)):
         if start <= last < layers and lanes < layers:
-            knobs = dict(NUM_LAYERS=layers, XSA_LAST_N=0, NUM_LOOPS=loops, LOOP_START=start, LOOP_END=last, PARALLEL_START_LAYER=lanes)
-            plan = [bool(v.lanes) for v in tg.layer_plan(tg.load_config({"PRESET": "smoke", **{k: str(v) for k, v in knobs.items()}}, False, check=False), True)]
+            knobs = dict(NUM_LAYERS=layers, XSA_LAST_N=0, NUM_LOOPS=loops, LOOP_START=start, LOOP_END=last,
+                         PARALLEL_START_LAYER=lanes)
+            texts = {"PRESET": "smoke", **{k: str(v) for k, v in knobs.items()}}
+            plan = [bool(v.lanes) for v in tg.layer_plan(tg.load_config(texts, False, check=False), True)]
             if plan == sorted(plan):
                 config(**knobs)
             else:
@@ -257,7 +262,8 @@ def test_every_rule_of_validate_is_broken_above():
 
 def test_rules_hold_at_their_edge():
     config(ROPE_DIMS=32, XSA_LAST_N=5, LOOP_START=4, LOOP_END=4, EVAL_STRIDE=256, VAL_BATCH_TOKENS=256,
-           MICRO_BATCH_TOKENS=2048, GATE_WINDOW=128, WORLD_SIZE=4, DETERMINISTIC=1, ITERATIONS=999999, BIGRAM_VOCAB_SIZE=2, TTT_CHUNK_SIZE=256)
+           MICRO_BATCH_TOKENS=2048, GATE_WINDOW=128, WORLD_SIZE=4, DETERMINISTIC=1, ITERATIONS=999999,
+           BIGRAM_VOCAB_SIZE=2, TTT_CHUNK_SIZE=256)
     config(NUM_LOOPS=0, LOOP_START=9, LOOP_END=1)  # no loop, no rule about it
     config(MODE="eval", DETERMINISTIC=1, ITERATIONS=1000000)
     config(MODEL_DIM=256, NUM_HEADS=1, NUM_KV_HEADS=1)
@@ -328,7 +334,8 @@ def test_every_number_but_seed_sampling_and_rows_is_in_the_recipe_hash(name):
     cfg, f = config(), KNOBS[name]
     value = getattr(cfg, f.name)
     changed = dataclasses.replace(cfg, **{f.name: not value if isinstance(value, bool) else value + 1})
-    outside = name in ("SEED", "SAMPLE_TOKENS", "SAMPLE_TEMPERATURE", "MICRO_BATCH_TOKENS")  # the last one is the GPU's memory
+    # the last one is the GPU's memory
+    outside = name in ("SEED", "SAMPLE_TOKENS", "SAMPLE_TEMPERATURE", "MICRO_BATCH_TOKENS")
     assert (changed.recipe_hash() == cfg.recipe_hash()) == outside
 
 

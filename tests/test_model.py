@@ -13,10 +13,12 @@ import torch
 from toy import lively, one_thread, run, small, tg  # noqa: F401 (fixtures)
 
 
-# lanes from the loop's first layer on: from one inside it, the second lane would be lost on the way back, which is refused
-VALUES_MIX = dict(value_residual="mix", num_loops=2, parallel_residual="two", parallel_start_layer=1, bigram_vocab_size=37)
+# lanes from the loop's first layer on: those that begin inside it would be lost where the loop starts again, which is refused
+VALUES_MIX = dict(value_residual="mix", num_loops=2, parallel_residual="two", parallel_start_layer=1,
+                  bigram_vocab_size=37)
 COMBINATIONS = [
-    VALUES_MIX, dict(VALUES_MIX, value_residual="sigmoid", loop_start=0, loop_end=3, parallel_start_layer=0), dict(VALUES_MIX, xsa_last_n=0),
+    VALUES_MIX, dict(VALUES_MIX, value_residual="sigmoid", loop_start=0, loop_end=3, parallel_start_layer=0),
+    dict(VALUES_MIX, xsa_last_n=0),
     dict(bigram_vocab_size=37, smear_gate="none", tie_embeddings=False), dict(bigram_vocab_size=37, smear_gate="post"),
     dict(parallel_residual="one", attn_gate="dense", unet_skips="plain"), dict(num_loops=0, unet_skips="none"),
     dict(parallel_residual="two", parallel_start_layer=0), dict(rope_dims=0, logit_softcap=0, ttt_asym_logit=False, num_kv_heads=4, xsa_last_n=2),
@@ -100,8 +102,9 @@ def test_without_isolation_windows_share_documents_but_nothing_leaves_a_window(r
     cu = tg.cut_segments(tokens[:-1], np.array([0]), 16, False)
     assert cu.tolist() == [0, 16, 32, 48]
     batch = tg.make_batch(tokens[:-1], tokens[1:], cu, 16, run)
-    check_reach(lively(small(doc_isolation=False, ttt_method="chunk", bigram_vocab_size=37)), batch, (0, 5, 7, 15, 16, 29, 31, 32, 47))
-    model = lively(small(doc_isolation=False, ttt_method="chunk"))
+    together = dict(doc_isolation=False, ttt_method="chunk")
+    check_reach(lively(small(**together, bigram_vocab_size=37)), batch, (0, 5, 7, 15, 16, 29, 31, 32, 47))
+    model = lively(small(**together))
     assert moved(model, batch, 5)[8:16].any()
     # smearing still stops at a document's first token: with attention silenced, nothing passes the border
     for block in model.blocks:
@@ -238,8 +241,9 @@ class TwinRank(tg.Run):
         return torch.cat([shard, shard])
 
 
-@pytest.mark.parametrize("knobs", [dict(parallel_start_layer=4), dict(num_layers=1, xsa_last_n=1, loop_start=0, loop_end=0, parallel_start_layer=0),
-                                   dict(bigram_vocab_size=1)], ids=name)
+@pytest.mark.parametrize("knobs", [
+    dict(parallel_start_layer=4), dict(num_layers=1, xsa_last_n=1, loop_start=0, loop_end=0, parallel_start_layer=0),
+    dict(bigram_vocab_size=1)], ids=name)
 def test_a_plan_that_leaves_parameters_idle_is_refused_or_trains_on_two_ranks(knobs):
     """Lanes that never begin, skips that only recurrence has, a hash of one bucket: say so, or take a step."""
     try:

@@ -237,7 +237,7 @@ def snapshot():
     # the writer is held up until training has gone on; weights of 1 were to be saved
     folder, gate = tempfile.TemporaryDirectory(), threading.Event()
     path = pathlib.Path(folder.name, "test.ckpt")
-    run = types.SimpleNamespace(main=True, rank=0, path=lambda suffix: path)
+    run = types.SimpleNamespace(main=True, rank=0, gpu=False, path=lambda suffix: path)
     model = torch.nn.Linear(2, 2)
     model.weight.data.fill_(1.0)
     cfg = t.read_config(t.shell_environment())
@@ -278,8 +278,11 @@ def whole(first):
 # ----------------------------------------------------------------------------------------------------------------------
 def test_whole_run_ends_well(whole):
     assert whole.code == 0, whole.out
-    assert whole.log.splitlines()[-1].startswith("verdict: legal")
-    assert whole.out.splitlines()[-1].startswith("verdict: legal")
+    size = whole.event("validation")[0]["bytes"]
+    told = ("verdict: legal: score-first, one pass, full distribution, budgets and bytes within their limits; but not the "
+            f"contest's: training without a clock, 4 documents of 50000, {size} bytes of text of about 151.07 million, "
+            "world 1 of 8, on a CPU")
+    assert whole.log.splitlines()[-1] == whole.out.splitlines()[-1] == told
     assert "!!" not in whole.log.replace("!" * 100, ""), "a clean run has no warnings"
 
 
@@ -367,8 +370,11 @@ def test_score_file_agrees_with_the_log(whole):
     assert [f"{s['val_bpb']:.8f}" for s in score["results"].values()] == [bpb for _, bpb in whole.scores.values()]
     assert score["failures"] == [] and score["seed"] == 1337 and score["run"] == "whole"
     assert score["recipe"] == re.search(r"recipe:(\w+)", whole.log)[1]
-    best = min(float(bpb) for _, bpb in whole.scores.values())
-    assert whole.number(r"^val_bpb:([\d.]+) ") == best
+    assert score["finished"] is True
+    assert score["headline"] == "ttt", "the pass that the configuration asks for, however the others did"
+    assert f"{whole.number(r'^val_bpb:([0-9.]+) '):.8f}" == whole.scores["ttt"][1]
+    (caveat,) = score["caveats"]
+    assert whole.log.splitlines()[-1].endswith(f"; but {caveat}") and caveat.startswith("not the contest's: ")
 
 
 def test_sizes_on_disk_add_up_to_the_logged_total(whole):
@@ -750,7 +756,8 @@ def test_signal_ends_training_in_good_order(accidents, name):
     ended, number = accidents[name], getattr(signal, name)
     assert ended.code in (128 + number, -number), ended.out
     assert ended.took < 10
-    assert re.search(r"^interrupted: ", ended.log, re.M) and "verdict" not in ended.log
+    told = {"SIGTERM": "SIGTERM", "SIGINT": "KeyboardInterrupt: "}[name]
+    assert re.search(rf"^interrupted: {told}$", ended.log, re.M) and "verdict" not in ended.log
     assert ended.files == {f"logs/{ended.run_id}{s}" for s in (".txt", ".jsonl", ".ckpt")}
     assert ended.events and weights_of(ended.path(".ckpt"))["config"]["run_id"] == ended.run_id
 

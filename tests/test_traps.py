@@ -207,7 +207,8 @@ def test_case_operators_stand_for_no_bytes(tmp_path, monkeypatch):
         write_shard(tmp_path / f"fineweb_{name}_000000.bin", x)
     assert tg.ValidationSet(cfg, tokenizer).bytes.sum() == len("the weather was wonderfulin paris") == table.sum() - 2 * 3
     write_shard(tmp_path / "fineweb_val_bytes_000000.bin", sidecar + (np.arange(len(tokens)) == 2))
-    with pytest.raises(SystemExit, match="byte sidecar differs from the byte table by 1 of 34 bytes, more than normalisation and operators explain"):
+    told = "byte sidecar differs from the byte table by 1 of 34 bytes, more than normalisation and operators explain"
+    with pytest.raises(SystemExit, match=told):
         tg.ValidationSet(cfg, tokenizer)
 
 
@@ -270,8 +271,8 @@ def on_two_ranks(cfg, step, shares, folder):
 
 
 def test_the_mean_gradient_is_clipped_and_ranks_stay_equal(run, tmp_path):
-    """PR #1693 clipped each rank's own gradient before the reduction: another recipe for every number of ranks. Ranks hold parts of
-    the mean, which add up to it."""
+    """PR #1693 clipped each rank's own gradient before the reduction: another recipe for every number of ranks. Ranks hold
+    parts of the mean, which add up to it."""
     cfg, rng = small(grad_clip_norm=0.01), torch.Generator().manual_seed(0)
     grads = [[size * torch.randn(p.shape, generator=rng) for p in tg.GPT(cfg).parameters()] for size in (1, 100)]
 
