@@ -21,9 +21,11 @@ TRAIN_GPT = Path(__file__).resolve().parent.parent / "train_gpt.py"
 # The file's limit counts lines that bear code: comments, docstrings and blank lines are what makes the others short to read.
 # It was 3,000 until seven published systems, kernels with their gradients and a range coder had moved in, 3,300 until the MLP's
 # products in FP8, 3,340 until attention's own kernels, for which a library of 60 MB went, and 3,478 until a layer's norms, rotation
-# and residual stream moved into its products, 8 % of a step; what a run can do without (corpus, benchmark, trackers, tables of the
-# README) lives beside the file.
-MAX_FUNCTION, MAX_CLASS, MAX_FILE, MAX_MEDIAN = 60, 150, 3613, 14
+# and residual stream moved into its products, 8 % of a step, and 3,613 until the file met the world outside its bench: sidecars as the
+# contest writes them and text that holds operators, launches and arguments that cannot be meant, memory of any GPU (rows, slots in
+# groups, tiles, adaptation without Triton), any number of ranks and nodes, files that say anything, and deaths that say how to go on.
+# What a run can do without (corpus, benchmark, trackers, tables of the README) lives beside the file.
+MAX_FUNCTION, MAX_CLASS, MAX_FILE, MAX_MEDIAN = 60, 150, 4193, 14
 ROOMS = 19
 MIN_COMMENTS = 12  # lines that bear a comment, per 100 lines that bear code
 
