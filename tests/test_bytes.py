@@ -6,12 +6,14 @@ and has pieces with spaces within, one without byte pieces.
 """
 import dataclasses
 import io
+import re
 from functools import cache
 
 import numpy as np
 import pytest
 import sentencepiece as spm
 from conftest import config, trainer, write_shard
+from contest_writer import sample_documents, write_caseops, write_plain
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -234,6 +236,68 @@ def test_a_kept_leading_space_is_never_miscounted_in_silence(make):
     except SystemExit:
         return
     assert tokenizer.count_bytes(doc).sum() == 12
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sidecars of the contest's own form
+# ----------------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def cased(tmp_path_factory):
+    """(tokenizer, tokens, sidecar, starts) of case operators as the contest's scripts write them, odd characters among them."""
+    texts = [f"{text} {' the weather was wonderful' * 12}" for text in sample_documents(160, 3)]
+    folder = tmp_path_factory.mktemp("cased")
+    said = write_caseops(folder, texts)
+    tokenizer = tg.Tokenizer(said["tokenizer"], said["vocab_size"])
+    tokens, sizes = (tg.read_split(folder, split) for split in ("val", "val_bytes"))
+    assert sizes.sum() == said["bytes"]
+    return tokenizer, tokens, sizes, np.flatnonzero(tokens == tg.BOS)
+
+
+def test_a_sidecar_of_the_contest_is_accepted_and_told_of(cased):
+    tokenizer, tokens, sizes, starts = cased
+    operators = int((tokenizer.piece_marks()[tokens] > 0).sum())
+    text = tokenizer.check_sidecar(tokens, sizes, starts)
+    assert text.startswith(f"byte sidecar equals the table but for {operators} case operators and ") and operators > 100
+    places, documents = map(int, re.search(r"and (\d+) places in (\d+) documents that normalisation changed", text).groups())
+    table = tokenizer.count_bytes(tokens) - tokenizer.piece_marks()[tokens[1:]]
+    assert 0 < documents <= len(starts) and places >= documents
+    assert f"({int(sizes.sum() - table.sum()):+d} of {int(sizes.sum())} bytes; " in text
+
+
+@pytest.mark.parametrize("change, told", [
+    (lambda t, x, sizes: np.roll(sizes, 1), "documents' first tokens"),
+    (lambda t, x, sizes: sizes + 3 * (t.piece_marks()[x] > 0), "counts the bytes of [0-9]+ of [0-9]+ case operators"),
+    (lambda t, x, sizes: np.where(np.arange(len(x)) % 20 == 7, sizes + (x != tg.BOS), sizes), "more than normalisation"),
+    (lambda t, x, sizes: np.append(0, t.count_bytes(x)), "counts the bytes of"),  # the table itself, which counts operators
+], ids=["shifted", "operators counted", "a byte here and there", "the table"])
+def test_a_sidecar_that_is_none_is_refused(cased, change, told):
+    tokenizer, tokens, sizes, starts = cased
+    with pytest.raises(SystemExit, match=told):
+        tokenizer.check_sidecar(tokens, change(tokenizer, tokens, sizes.astype(np.int64)), starts)
+
+
+def test_operators_want_a_sidecar_and_a_sign_of_the_texts_own_does_not(cased, make):
+    tokenizer, tokens, _, _ = cased
+    with pytest.raises(SystemExit, match="validation tokens are case operators"):
+        tokenizer.check_operators(tokens)
+    plain = make("contest")
+    plain.check_operators(np.concatenate([document(plain, line) for line in PROSE]))
+    rare = np.where(tokenizer.piece_marks()[tokens] > 0, tokenizer.sp.piece_to_id("e"), tokens)
+    tokenizer.check_operators(rare)
+    rare[100] = tokens[tokenizer.piece_marks()[tokens] > 0][0]  # a private-use character that a page holds
+    tokenizer.check_operators(np.tile(rare, 4))
+
+
+@pytest.mark.parametrize("options, told", [
+    (dict(lone_space=False), "has no piece for a lone space: [0-9]+ of them lie in the validation tokens"),
+    (dict(treat_whitespace_as_suffix=True, add_dummy_prefix=True), "byte table and text differ on document 0")], ids=str)
+def test_tokenizers_whose_decoder_errs_with_the_table_are_refused(options, told, tmp_path):
+    """Table and decoder agree on too many bytes (issue #897, PR #755): only the encoder can tell."""
+    said = write_plain(tmp_path, sample_documents(160, 3), **options)
+    tokenizer = tg.Tokenizer(said["tokenizer"], said["vocab_size"])
+    tokens = tg.read_split(tmp_path, "val")
+    with pytest.raises(SystemExit, match=told):
+        tokenizer.check_bytes(tokens, np.flatnonzero(tokens == tg.BOS))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
