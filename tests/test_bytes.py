@@ -243,7 +243,7 @@ def test_a_kept_leading_space_is_never_miscounted_in_silence(make):
 # ----------------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def cased(tmp_path_factory):
-    """(tokenizer, tokens, sidecar, starts) of case operators as the contest's scripts write them, odd characters among them."""
+    """(tokenizer, tokens, sidecar, starts) of case operators in the contest's own form, odd characters among them."""
     texts = [f"{text} {' the weather was wonderful' * 12}" for text in sample_documents(160, 3)]
     folder = tmp_path_factory.mktemp("cased")
     said = write_caseops(folder, texts)
@@ -258,7 +258,8 @@ def test_a_sidecar_of_the_contest_is_accepted_and_told_of(cased):
     operators = int((tokenizer.piece_marks()[tokens] > 0).sum())
     text = tokenizer.check_sidecar(tokens, sizes, starts)
     assert text.startswith(f"byte sidecar equals the table but for {operators} case operators and ") and operators > 100
-    places, documents = map(int, re.search(r"and (\d+) places in (\d+) documents that normalisation changed", text).groups())
+    found = re.search(r"and (\d+) places in (\d+) documents that normalisation changed", text)
+    places, documents = map(int, found.groups())
     table = tokenizer.count_bytes(tokens) - tokenizer.piece_marks()[tokens[1:]]
     assert 0 < documents <= len(starts) and places >= documents
     assert f"({int(sizes.sum() - table.sum()):+d} of {int(sizes.sum())} bytes; " in text
@@ -267,8 +268,9 @@ def test_a_sidecar_of_the_contest_is_accepted_and_told_of(cased):
 @pytest.mark.parametrize("change, told", [
     (lambda t, x, sizes: np.roll(sizes, 1), "documents' first tokens"),
     (lambda t, x, sizes: sizes + 3 * (t.piece_marks()[x] > 0), "counts the bytes of [0-9]+ of [0-9]+ case operators"),
-    (lambda t, x, sizes: np.where(np.arange(len(x)) % 20 == 7, sizes + (x != tg.BOS), sizes), "more than normalisation"),
-    (lambda t, x, sizes: np.append(0, t.count_bytes(x)), "counts the bytes of"),  # the table itself, which counts operators
+    (lambda t, x, sizes: sizes + (np.arange(len(x)) % 20 == 7) * (x != tg.BOS), "more than normalisation"),
+    # the table itself counts operators
+    (lambda t, x, sizes: np.append(0, t.count_bytes(x)), "counts the bytes of"),
 ], ids=["shifted", "operators counted", "a byte here and there", "the table"])
 def test_a_sidecar_that_is_none_is_refused(cased, change, told):
     tokenizer, tokens, sizes, starts = cased
@@ -290,7 +292,8 @@ def test_operators_want_a_sidecar_and_a_sign_of_the_texts_own_does_not(cased, ma
 
 @pytest.mark.parametrize("options, told", [
     (dict(lone_space=False), "has no piece for a lone space: [0-9]+ of them lie in the validation tokens"),
-    (dict(treat_whitespace_as_suffix=True, add_dummy_prefix=True), "byte table and text differ on document 0")], ids=str)
+    (dict(treat_whitespace_as_suffix=True, add_dummy_prefix=True), "byte table and text differ on document 0"),
+], ids=str)
 def test_tokenizers_whose_decoder_errs_with_the_table_are_refused(options, told, tmp_path):
     """Table and decoder agree on too many bytes (issue #897, PR #755): only the encoder can tell."""
     said = write_plain(tmp_path, sample_documents(160, 3), **options)
