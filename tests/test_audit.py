@@ -756,6 +756,7 @@ MALFORMED = {
     "a huge shape": packed({"halves": {"a": [1 << 62, 4]}, "integers": {}}, HALVES),
     "too small a shape": packed({"halves": {"a": [5]}, "integers": {}}, HALVES),
     "a fractional shape": packed({"halves": {"a": [1.5, 8]}, "integers": {}}, HALVES),
+    "integers without their section": packed({"halves": {"a": [12]}, "integers": {"b": [3, 4]}}, HALVES),
     "integers of another size": packed({"halves": {"b": [12]}, "integers": {"b": [12, 9]}}, HALVES, b"\1" * 12),
     "a range coder without a stream": packed(
         {"halves": {"b": [12]}, "integers": {"b": [12, 9]}, "coder": "range"}, HALVES
@@ -783,7 +784,7 @@ def test_weights_of_another_shape_fill_nothing(shape):
 def test_stored_numbers_are_checked():
     """A file can say anything: its configuration is held to the bounds of every knob, and to its kind."""
     stored, path = config().as_dict(), Path("some.artifact")
-    for name, value in {"num_layers": -3, "vocab_size": 1 << 20, "attn_gate": "nonsense"}.items():
+    for name, value in {"mlp_mult": 1e5, "num_layers": -3, "vocab_size": 1 << 20, "attn_gate": "nonsense"}.items():
         with pytest.raises(SystemExit, match=f"{name.upper()}={value}"):
             tg.restore_config({}, {**stored, name: value}, path)
     for name, value in {"num_layers": None, "model_dim": [512], "ttt_enabled": "x", "seed": {}}.items():
