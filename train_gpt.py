@@ -4473,15 +4473,14 @@ def find_hints(tokens: Tensor, moment: Tensor, order: int, least: float) -> Hint
     return empty
 
 
-def hint_by_definition(tokens: Tensor, moment: Tensor, order: int, least: float, at: int) -> int:
-    """One position's hint, the slow way: every earlier-scored place with the same context, token by token."""
-    place = places(tokens)
+def hint_by_definition(tokens: Tensor, moment: Tensor, order: int, least: float, at: int, place: Tensor | None = None) -> int:
+    """One position's hint, the slow way: every earlier-scored place with the same context, token by token. place: places(tokens), if known"""
+    place = places(tokens) if place is None else place
     if int(moment[at]) < 0 or int(place[at]) < order - 1:
         return -1
-    same = (moment >= 0) & (moment < moment[at]) & (place >= order - 1)
-    for back in range(order):
-        same &= tokens[:-1].roll(back) == tokens[at - back]
-    found = same.nonzero().flatten()
+    found = ((tokens[:-1] == tokens[at]) & (moment >= 0) & (moment < moment[at]) & (place >= order - 1)).nonzero().flatten()
+    for back in range(1, order):
+        found = found[tokens[found - back] == tokens[at - back]]
     if not len(found):
         return -1
     when, by = moment[found].sort(stable=True)
@@ -4700,7 +4699,7 @@ class Scorer:
         self.hints = find_hints(self.tokens, when, self.cfg.ngram_tilt_order, self.cfg.ngram_tilt_threshold)
         self.rests_on, self.planned = self.hints.rests_on.cpu().numpy(), moment
         self.ledger.planned = moment
-        self.check_hints(when, 256 if self.run.gpu else 16)
+        self.check_hints(when, 1000 if self.run.gpu else 16)
         share = float((self.hints.token >= 0).double().mean())
         self.run.log(f"ngram_tilt: {share:.2%} of {len(moment)} targets hinted, "
                      f"{float((self.hints.token == self.tokens[1:]).double().mean()) / max(share, 1e-12):.1%} of these rightly")
@@ -4708,8 +4707,9 @@ class Scorer:
 
     def check_hints(self, when: Tensor, count: int) -> None:
         """Hints at positions spread over the pass, by their definition: compare whole contexts, look at earlier moments only."""
+        place = places(self.tokens)
         for at in np.linspace(0, len(when) - 1, count).astype(int).tolist():  # fp64: fp32 cannot count to 47 million
-            expected = hint_by_definition(self.tokens, when, self.cfg.ngram_tilt_order, self.cfg.ngram_tilt_threshold, at)
+            expected = hint_by_definition(self.tokens, when, self.cfg.ngram_tilt_order, self.cfg.ngram_tilt_threshold, at, place)
             if int(self.hints.token[at]) != expected:
                 raise Violation(f"the hint at position {at} is not what earlier moments say: {int(self.hints.token[at])}, "
                                 f"not {expected}")

@@ -689,10 +689,10 @@ def test_hints_are_checked_at_many_places(tmp_path, monkeypatch):
     model, cfg, run = build(tmp_path, NGRAM_TILT_BOOST=1.0, NGRAM_TILT_ORDER=1, NGRAM_TILT_THRESHOLD=0.1)
     docs, seen, define = Documents((900, 300)), set(), tg.hint_by_definition
     scorer = tg.Scorer(model, docs, cfg, run)
-    monkeypatch.setattr(tg, "hint_by_definition", lambda *args: (seen.add(args[-1]), define(*args))[1])
+    monkeypatch.setattr(tg, "hint_by_definition", lambda *args: (seen.add(args[4]), define(*args))[1])
     monkeypatch.setattr(tg.Run, "gpu", True)
     scorer.plan_hints(tg.planned_moments(tg.document_plan(docs.sequences, cfg), docs.targets))
-    assert len(seen) == 256
+    assert len(seen) == 1000
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -387,7 +387,7 @@ def test_a_shadow_is_a_copy():
 # ----------------------------------------------------------------------------------------------------------------------
 class Rows:
     """A training stream of random rows, a pure function of the place as the real one."""
-    per_step = 2
+    per_step, calibration_rows = 2, 16
 
     def __init__(self, run):
         self.run = run
