@@ -1,8 +1,11 @@
 """Check record folders against the contest's rules: one line a rule, exit status 1 if one is broken.
 
     python records/check.py records/track_non_record_16mb/2026-01-01_Example ... [--json] [--strict]
+    python records/check.py FOLDER --heldout SHARDS [--against SHARDS ...]
 
-Folders made by others are read too (both log dialects). Nothing in a folder is ever run or imported. A rule ends as 'ok',
+Folders made by others are read too (both log dialects). Nothing in a folder is ever run or imported, unless --heldout asks
+for a second score, of text that nobody could have fitted: the folder's program evaluates its artifact on other shards, beside
+a report of documents that are nearly in the sets of --against too (records/heldout.py). A rule ends as 'ok',
 'FAIL', 'n/a' (not a rule of this track) or 'undecided': the folder does not hold what it would take, and the line says
 what. --strict counts undecided as broken. Letters and numbers are those of the contest's rules as this repository lists
 them: A artifact, B time, C prediction, E metric, F submission; a second column names the rule in a word.
@@ -18,6 +21,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+import heldout
 import runs
 
 REQUIRED = {"author": str, "github_id": str, "name": str, "date": str, "val_bpb": (int, float), "blurb": str}
@@ -857,6 +861,8 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--json", action="store_true", help="outcomes as JSON")
     parser.add_argument("--strict", action="store_true", help="undecided rules count as broken")
+    parser.add_argument("--heldout", type=Path, metavar="SHARDS", help="score the folders' artifacts on these validation shards as well")
+    parser.add_argument("--against", type=Path, nargs="+", default=[], metavar="SHARDS", help="look for near-duplicates in these")
     given = parser.parse_args(args)
     missing = [f for f in given.folders if not f.is_dir()]
     if missing:
@@ -868,7 +874,12 @@ def main(args: list[str] | None = None) -> int:
     else:
         print("\n\n".join(show(Path(f), out) for f, out in found.items()))
     bad = {"FAIL", "undecided"} if given.strict else {"FAIL"}
-    return int(any(o.status in bad for out in found.values() for o in out))
+    status = int(any(o.status in bad for out in found.values() for o in out))
+    against = ["--against", *map(str, given.against)] if given.against else []
+    for folder in given.folders if given.heldout else []:
+        print(f"\n{folder} on held-out text")
+        status = max(status, heldout.main([str(folder), "--data", str(given.heldout), *against]))
+    return status
 
 
 if __name__ == "__main__":

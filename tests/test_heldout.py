@@ -267,6 +267,21 @@ def test_the_shipped_program_scores_the_second_slice(slices, shipped, tmp_path, 
     assert heldout.main(other) == 2 and "it is a run on other data" in capsys.readouterr().err
 
 
+def test_check_asks_for_a_second_score(slices, shipped, capsys, monkeypatch):
+    """One command checks a folder and scores its artifact on text that nobody could have fitted."""
+    import check
+
+    root, _ = slices
+    monkeypatch.setattr(check, "check", lambda folder: [])  # a folder of two files breaks most rules, which is not the point
+    told = []
+    monkeypatch.setattr(heldout, "main", lambda args: told.append(args) or 0)
+    assert check.main([str(shipped), "--heldout", str(root / "second"), "--against", str(root / "original")]) == 0
+    assert told == [[str(shipped), "--data", str(root / "second"), "--against", str(root / "original")]]
+    assert "on held-out text" in capsys.readouterr().out
+    monkeypatch.setattr(heldout, "main", lambda args: 2)
+    assert check.main([str(shipped), "--heldout", str(root / "second")]) == 2, "no score is no good end"
+
+
 def test_an_evaluation_without_a_score_shows_the_end_of_its_output(slices, shipped, monkeypatch, capsys):
     monkeypatch.setenv("BROKEN", "1")
     root, said = slices
