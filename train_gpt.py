@@ -687,9 +687,11 @@ LIBRARIES = tuple(
 
 
 def strangers(env: dict, inherited: set[str]) -> list[str]:
-    """Variables that the shell did not have, and that neither this program nor any library reads."""
+    """Variables that look like knobs, with a number or a truth value, that the shell did not have when it started, and that neither this
+    program nor any library reads. (Paths and words are left alone: a shell's start-up files export many.)"""
     knobs = {f.name.upper() for f in dataclasses.fields(Config)}
-    return sorted(n for n in env.keys() - inherited - knobs if not n.upper().startswith(LIBRARIES))
+    return sorted(n for n in env.keys() - inherited - knobs if n.isupper() and not n.startswith(LIBRARIES)
+                  and re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?|(?i:true|false|yes|no|on|off)", env[n]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -701,9 +703,18 @@ EVAL_SPANS = ("eval load", "eval full", "eval sliding", "eval ttt")  # decompres
 RULER = "=" * 100  # parsers of contest logs start after it: what stands before is source code
 
 
+def leave_console() -> None:
+    """Standard output goes nowhere from now on: what is left in its buffer would otherwise end the process with another exit status."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def show_help() -> None:
     """What this file says of itself."""
-    print(__doc__)
+    try:
+        print(__doc__, flush=True)
+    except BrokenPipeError:  # `| head` has read enough
+        leave_console()
 
 
 class Diverged(RuntimeError):
@@ -858,7 +869,7 @@ class Voice:
     def __init__(self, cfg: Config, rank: int, world: int, quiet: bool = False):
         self.rank, self.world, self.quiet, self.folder, self.id = rank, world, quiet, Path(cfg.artifact_dir), cfg.run_id
         self.clock = Clock(torch.cuda.synchronize if HAVE["cuda"] else lambda: None)
-        self.files = []
+        self.files, self.ended = [], []
         self.failures: list[str] = []  # broken rules that did not stop the run; the last line and exit status tell
         self.caveats: list[str] = []  # what the verdict must say though no rule of the run was broken
         self.goes_on = ""  # the command that goes on from what is on disk, should this process die
@@ -914,8 +925,7 @@ class Voice:
         except (OSError, ValueError) as e:  # its reader went away (`| head`, a dead ssh), or it was closed from the start
             self.quiet = True
             self.write(0, f"the console is gone ({type(e).__name__}): the run goes on, and what it says stands in this log alone\n")
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # what is left in the buffer would end the process with another exit status
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            leave_console()
 
     def write(self, which: int, text: str) -> None:
         """Append to the log (0) or the JSONL (1). A full disk ends the file, not the run."""
@@ -924,8 +934,9 @@ class Voice:
         try:
             self.files[which].write(text)
         except OSError as e:
-            lost, self.files[which] = self.files[which].name, None
-            self.log(f"!! {lost} ends here ({e}): the run goes on without it")
+            lost, self.files[which] = self.files[which], None
+            self.ended.append(lost)  # not closed: the run's name is locked by it
+            self.log(f"!! {lost.name} ends here ({e}): the run goes on without it")
 
     def warn(self, text: str) -> None:
         """A line that cannot be overlooked: what runs is not what one may think."""
@@ -954,10 +965,10 @@ class Voice:
 
     def close(self) -> None:
         """Close the log."""
-        for f in filter(None, self.files):
+        for f in filter(None, [*self.files, *self.ended]):
             with contextlib.suppress(OSError):  # a full disk was said where it was met
                 f.close()
-        self.files = []
+        self.files, self.ended = [], []
 
 
 class Run(Voice):
