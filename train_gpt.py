@@ -742,25 +742,23 @@ def shell_variables() -> set[str] | None:
         return None
 
 
-def choose_threads(fixed: bool) -> int:
-    """CPU threads: as OMP_NUM_THREADS says, or all cores, a quarter of them or one, whichever multiplies fastest just now.
+def choose_threads(fixed: bool) -> None:
+    """Set CPU threads: as OMP_NUM_THREADS says, or all cores, a quarter of them or one, whichever multiplies fastest just now.
 
     Threads wait for each other, so beside other work two were ten times slower than one. `fixed`: bit-equal reruns, always all cores.
     """
     most = torch.get_num_threads()
     if fixed or most == 1 or "OMP_NUM_THREADS" in shell_environment():
-        return most
+        return
     x, w, seconds = torch.ones(4096, 128), torch.ones(128, 384), {}
     for n in [most, max(most // 4, 1), 1] * 3:
         torch.set_num_threads(n)
         torch.relu(x @ w)  # the first call makes the threads
         start = time.perf_counter()
-        for _ in range(10):
+        for _ in range(4):
             torch.relu(x @ w)
-        seconds[n] = min(time.perf_counter() - start, seconds.get(n, math.inf))
-    best = min(seconds, key=seconds.get)
-    torch.set_num_threads(best)
-    return best
+        seconds[n] = seconds.get(n, 0.0) + time.perf_counter() - start  # the mean: where others work, some turns are quick by luck
+    torch.set_num_threads(min(seconds, key=seconds.get))
 
 
 PATIENCE = datetime.timedelta(minutes=10)  # how long ranks wait for one that does not come, or has died
@@ -5993,6 +5991,8 @@ def main() -> int:
     join(ranks)
     cfg, stored, note = from_rank_0(lambda: resolve(env), ranks)
     run = Run(cfg, ranks)
+    if not run.gpu:
+        choose_threads(cfg.deterministic)
     cfg = fit_rows(cfg, run)
     end_on_signals()
     if cfg.mode == "config":
