@@ -59,8 +59,10 @@ def code_lines(text: str) -> list[str]:
 def commands(line: str) -> list[tuple[dict, int, str]]:
     """(knobs before the command, ranks, program) of each train_gpt.py that a shell line starts.
 
-    What follows on the line, redirections or a comment, does not matter.
+    What follows on the line, redirections or a comment, does not matter; a line that does not name it may be any program's output.
     """
+    if "train_gpt.py" not in line:
+        return []
     lexer = shlex.shlex(line.removeprefix("$ ").split(" #")[0], posix=True, punctuation_chars=";&|")
     lexer.whitespace_split = True
     words, found = list(lexer), []
