@@ -341,7 +341,7 @@ PR430 = PR413 | dict(
     num_layers=11, num_kv_heads=8, mlp_mult=3.5, mlp_act="leaky_relu2", train_seq_len=2048, eval_seq_len=2048, xsa_last_n=11,
     rope_dims=16, rope_base=22082.0,  # NTK: 10,000 * 2^(16/14) for twice the length it was built for
     ln_scale=True, attn_gate="scalar", value_residual="none", x0_residual=True, ve_layers="9,10", bigram_vocab_size=6144,
-    train_batch_tokens=786432, iterations=20000, max_wallclock_seconds=600.0, matrix_lr=0.025, scalar_lr=0.025,
+    train_batch_tokens=786432, iterations=1_000_000, max_wallclock_seconds=600.0, matrix_lr=0.025, scalar_lr=0.025,
     tied_embed_lr=0.035, warmdown_frac=0.62, muon_momentum=0.99, muon_momentum_warmup_frac=0.265, muon_normalize_update=False,
     average="ema", ema_horizon=0.0589, quantizer="gptq", matrix_bits=5, eval_stride=64, ttt_method="chunk", ttt_optimizer="adamw",
     ttt_lr=5e-4, ttt_params="last", ttt_polyak=0.998, ttt_byte_weighted=True, mixer="ubt")
@@ -5577,7 +5577,6 @@ def train(model: GPT, cfg: Config, run: Run, stream: TrainStream, val: Validatio
     watch, checkpoints = Watch(cfg, run, optimizers), Checkpoints(model, average, cfg, run)
     checkpoints.save(0, 0.0)  # so that there always is a good one
     checkpoints.release(math.inf)
-    checkpoints.wait()
     run.log(f"gptq:reserving {reserve:.1f}s, effective={1000 * limit:.0f}ms" if cfg.timed else "progress by steps")
     run.log(f"launch_to_first_step:{run.clock.read():.1f}s")
     step, p, last_p = 0, 0.0, 0.0

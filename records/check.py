@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-import heldout
 import runs
 
 REQUIRED = {"author": str, "github_id": str, "name": str, "date": str, "val_bpb": (int, float), "blurb": str}
@@ -875,6 +874,8 @@ def main(args: list[str] | None = None) -> int:
         print("\n\n".join(show(Path(f), out) for f, out in found.items()))
     bad = {"FAIL", "undecided"} if given.strict else {"FAIL"}
     status = int(any(o.status in bad for out in found.values() for o in out))
+    if given.heldout:
+        import heldout  # not above: it needs numpy, and the rules nothing but the standard library
     against = ["--against", *map(str, given.against)] if given.against else []
     for folder in given.folders if given.heldout else []:
         print(f"\n{folder} on held-out text")
