@@ -5499,7 +5499,8 @@ class Checkpoints:
         """On the thread. Not finite means not saved."""
         if copied is not None:
             copied.synchronize()
-        if not all(t.isfinite().all() for t in self.host):
+        # by numpy: torch would start a second team of threads here, and from then on a CPU's own team no longer waits ready for work
+        if not all(np.isfinite(t.numpy()).all() for t in self.host):
             return False
         write_atomic(self.run.path(".ckpt"), functools.partial(torch.save, content))
         return True

@@ -790,3 +790,28 @@ def test_stored_numbers_are_checked():
     for name, value in {"num_layers": None, "model_dim": [512], "ttt_enabled": "x", "seed": {}}.items():
         with pytest.raises(SystemExit, match=name.upper()):
             tg.restore_config({}, {**stored, name: value}, path)
+
+
+TEAM = """
+import os, sys, torch
+sys.path.insert(0, sys.argv[1])
+from conftest import make_run, tiny, trainer
+tg = trainer()
+torch.set_num_threads(2)
+torch.ones(1 << 20).exp()  # starts the one team of threads that there should be
+cfg = tiny(RUN_ID="team", VOCAB_SIZE=8192)  # large enough for torch to share out
+model = tg.GPT(cfg)
+tg.initialize(model, cfg)
+saved = tg.Checkpoints(model, tg.Average(cfg, model), cfg, make_run(__import__("pathlib").Path(sys.argv[2]), cfg))
+before = len(os.listdir("/proc/self/task"))
+saved.save(0, 0.0)
+saved.release(1)
+print(saved.wait(), len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+def test_a_checkpoint_starts_no_second_team_of_threads(tmp_path):
+    """With more threads than cores libgomp's threads no longer wait ready for work, and a step on two cores took 1.5 times as long."""
+    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", TEAM, str(ROOT / "tests"), str(tmp_path)], env=env, text=True, capture_output=True)
+    assert done.stdout.split() == ["True", "1"], done.stdout + done.stderr
