@@ -3,7 +3,7 @@
 #
 #   DATA=folder OUT=folder tests/gpu/rehearsal.sh GPUS [KNOB=VALUE ...]
 #
-# DATA: fineweb_train_*.bin and fineweb_val_*.bin (.bin.xz are unpacked; three training shards of 20M tokens are enough, with more of them
+# DATA: fineweb_train_*.bin and fineweb_val_*.bin (.bin.xz are unpacked; four training shards of 20M tokens are enough, with more of them
 # whole ones are left for training) and fineweb_8192_bpe.model, or TOKENIZER=path. LIMIT: seconds for all of it, 590 by default: a run that
 # is not done by then is ended, and the table says how far it came. SET="documents tokens shards" makes a smaller one. One GPU cannot
 # adapt to all of it in ten minutes: its evaluation gets 270 seconds, and the rest is scored plainly. GPUS=0 is for a CPU.
