@@ -133,8 +133,7 @@ class RunKnobs:
     checkpoint_seconds: float = knob(60.0, "a checkpoint of the averaged weights this often; 0: only at the end", low=0)
     max_wallclock_seconds: float = knob(600.0, "training budget, Hessians included; 0: ITERATIONS alone decides", low=0)
     eval_wallclock_seconds: float = knob(600.0, "evaluation budget; an overrun is reported as a failure; 0: none", low=0)
-    iterations: int = knob(1_000_000, "training ends after so many steps at the latest; if that is before the clock's end, schedules follow "
-                           "the steps", low=1)
+    iterations: int = knob(1_000_000, "most training steps. If they end before the clock does, the schedules follow steps instead of time", low=1)
     warmup_steps: int = knob(4, "untimed steps per graph that compile it; all state is put back afterwards", low=0)
     train_log_every: int = knob(100, "steps between train_loss lines", low=1)
     val_loss_every: int = knob(0, "steps between validations during training; 0: only at the end", low=0)
@@ -250,8 +249,8 @@ class PackKnobs:
     lqer_top_k: int = knob(0, "tensors, of largest quantisation error, that get a low-rank correction of it (LQER)", low=0)
     lqer_rank: int = knob(4, "rank of that correction; its factors take 2 and 4 bits", low=1)
     lqer_asym_group: int = knob(64, "weights that share a step in the second factor", low=1)
-    gptq_calibration_batches: int = knob(16, "rows of training data a rank gives to the Hessians, each its share of a batch, 131,072 tokens at "
-                                         "most; shorter rows, for want of memory, are more", low=1)
+    gptq_calibration_batches: int = knob(16, "packed sequences of training data that each rank runs for the Hessians. One holds the rank's "
+                                         "share of a batch, at most 131,072 tokens; where memory forces shorter ones, more are run", low=1)
     gptq_reserve_seconds: float = knob(-1.0, "training time kept for the Hessians; -1: measured in the warm-up", low=-1)
     compressor: str = knob("auto", "entropy coder; auto: smallest by section", ("auto", "brotli", "zstd", "lzma", "zlib"))
     artifact_max_bytes: int = knob(16_000_000, "cap on packed code + model; one factor of all steps brings them under it", low=1)
@@ -633,7 +632,7 @@ def validate(d: Config, world: int) -> None:
          f"no layer runs side by side; PARALLEL_RESIDUAL=none says that, or take one below {d.num_layers}"),
         (d.parallel_residual != "two" or not d.num_loops or not d.loop_start < d.parallel_start_layer <= d.loop_end
          or d.loop_start + repeated <= (d.num_layers + repeated) // 2, "PARALLEL_START_LAYER",  # only the plan's second half has lanes
-         f"inside the loop: layer {d.loop_start} would follow layer {d.loop_end} on one stream, and what the second lane holds would be lost"),
+         f"the lanes would begin inside the loop: when it returns to layer {d.loop_start}, which has one stream, the second lane is lost"),
         (d.eval_stride <= d.eval_seq_len, "EVAL_STRIDE", f"at most EVAL_SEQ_LEN={d.eval_seq_len}, else tokens are skipped"),
         (d.eval_seq_len <= d.val_batch_tokens, "VAL_BATCH_TOKENS", f"must hold one window of EVAL_SEQ_LEN={d.eval_seq_len}"),
         (d.phased_ttt_plan == "prefix" or not d.phased_ttt_prefix_docs, "PHASED_TTT_PREFIX_DOCS", "only PHASED_TTT_PLAN=prefix counts them"),
@@ -766,7 +765,9 @@ PATIENCE = datetime.timedelta(minutes=10)  # how long ranks wait for one that do
 
 def join(ranks: tuple[int, int, int]) -> None:
     """Meet the other ranks: NCCL for device tensors, gloo for numbers that must not touch the device queue. Says so when it has to wait."""
-    rank, _, world = ranks
+    rank, local, world = ranks
+    if HAVE["cuda"] and local >= torch.cuda.device_count():
+        raise SystemExit(f"LOCAL_RANK={local}, but this machine shows {torch.cuda.device_count()} GPUs: start as many ranks as it has")
     if world == 1 or dist.is_initialized():
         return
     env = shell_environment()
@@ -791,8 +792,8 @@ def from_rank_0(make: Callable, ranks: tuple[int, int, int]):
     if ranks[0] == 0:
         try:
             box = [(make(), None)]
-        except SystemExit as e:
-            box = [(None, e)]
+        except (SystemExit, OSError) as e:
+            box = [(None, SystemExit(str(e)))]
     dist.broadcast_object_list(box, 0, device=torch.device("cpu"))
     made, problem = box[0]
     if problem is not None:
@@ -979,9 +980,8 @@ class Run(Voice):
         # bf16 on a CPU is slower and only less exact
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.scorer_ready = not self.gpu  # whether the scorer is compiled
+        self.asked_rows = cfg.micro_batch_tokens  # before this GPU's memory decided
         if self.gpu:
-            if self.local >= torch.cuda.device_count():
-                raise SystemExit(f"LOCAL_RANK={self.local}, but this machine shows {torch.cuda.device_count()} GPUs: start as many ranks as it has")
             torch.cuda.set_device(self.device)
             torch.set_num_threads(1)  # with one a core, three runs and the tests at once were not past their first weights in two minutes
         join(ranks)
@@ -1048,6 +1048,14 @@ class Run(Voice):
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def any_problem(self, problem: str) -> str:
+        """A problem that some rank has, on all of them, so that all do the same: they would go at the slowest one's pace anyway."""
+        problems = [problem]
+        if self.world > 1:
+            problems = [""] * self.world
+            dist.all_gather_object(problems, problem)
+        return next((f"rank {rank}: {p}" if self.world > 1 else p for rank, p in enumerate(problems) if p), "")
 
     def sum_slices(self, bank: Tensor) -> Tensor:
         """This rank's slice, along the first dimension, of the sum over ranks (reduce-scatter)."""
@@ -1232,9 +1240,9 @@ class Tokenizer:
 
     def check_bytes(self, tokens: np.ndarray, starts: np.ndarray, sample: int = 256) -> str:
         """Prove the byte table on documents spread over the set: the shortest text that the encoder turns into just these tokens has as
-        many bytes. SystemExit if one differs. The decoder only proposes the text, since table and decoder can share an error.
-
-        Documents of broken UTF-8, which no text gives, are compared with the decoder, or passed over.
+        many bytes. SystemExit if one differs. The decoder only suggests a text; what proves it is that the encoder turns it back into
+        the same tokens, since table and decoder can share an error. Documents cut inside a UTF-8 character, which cannot be encoded
+        back, are skipped.
         """
         spaces = [self.sp.piece_to_id(f"<0x{b:02X}>") for b in "\u2581".encode()]  # what a space becomes where no piece holds it alone
         lone = np.logical_and.reduce([tokens[i:len(tokens) - 2 + i] == piece for i, piece in enumerate(spaces)])
@@ -2178,11 +2186,13 @@ def choose_cached(cfg: Config, run: Run) -> Callable:
         form = functools.partial(attention_cached_triton, tile=tile)
         try:
             far = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(results(form), wanted))
-            if far < 0.05:
-                break
-            problems.append(f"{tile}: differs from the eager form by {far:.2g}")
+            problem = "" if far < 0.05 else f"differs from the eager form by {far:.2g}"
         except Exception as e:  # too little shared memory, a head's width that is no power of two, ...
-            problems.append(f"{tile}: {said(e)}")
+            problem = said(e)
+        problem = run.any_problem(problem)
+        if not problem:
+            break
+        problems.append(f"{tile}: {problem}")
     else:
         form = attention_cached_eager
         run.warn(f"adaptation's attention falls back to the eager form, several times slower: {'; '.join(problems)}")
@@ -2655,6 +2665,13 @@ class Kernels(NamedTuple):
     cached: Callable = attention_cached_eager
 
 
+def note_bf16(cfg: Config, run: Run) -> None:
+    """Have the verdict say that FP8 was asked for and did not run."""
+    caveat = f"products in bf16 where FP8={cfg.fp8} was asked for"
+    if cfg.fp8 != "none" and caveat not in run.caveats:
+        run.caveats.append(caveat)
+
+
 def choose_kernels(cfg: Config, run: Run) -> Kernels:
     """Attention's backend, and the fused operations where Triton and a GPU are there (KERNELS)."""
     attend, able = choose_attention(cfg, run), run.gpu and HAVE["triton"]
@@ -2668,7 +2685,7 @@ def choose_kernels(cfg: Config, run: Run) -> Kernels:
     run.log(f"kernels:{'triton' if fused else 'eager'} fp8:{fp8}")
     if run.gpu and fp8 != cfg.fp8:
         run.warn(f"FP8={cfg.fp8} needs our kernels, a Hopper GPU and widths that are multiples of 16: products run in bf16 here")
-        run.caveats.append(f"products in bf16 where FP8={cfg.fp8} was asked for")
+        note_bf16(cfg, run)
     mlp = functools.partial(mlp_fused, fp8=fp8 == "mlp") if hopper else mlp_eager
     return Kernels(attend, nll, mlp, mix_fused if fused else mix_eager, attention_fused if attend is attention_triton else None,
                    choose_cached(cfg, run))
@@ -2686,8 +2703,8 @@ def inductor_problem(run: Run) -> str:
 
 
 def row_bytes(cfg: Config, run: Run) -> int:
-    """About what a token of a training row takes on the device, by what its passes keep: a hidden row and eight of the stream's width
-    a layer application in bf16, logits twice; a third more is under way, and without our kernels, or compiled code, two or four times as much."""
+    """Estimated device memory per token of a training row: what the backward pass keeps (a hidden row and eight stream-wide ones per layer
+    application, in bf16, and the logits twice), times 1.35 for temporaries with all of our kernels, 2.7 without, 5.4 without torch.compile."""
     visits = cfg.num_layers + cfg.num_loops * (cfg.loop_end - cfg.loop_start + 1)
     fused = HAVE["triton"] and cfg.kernels != "eager"
     factor = 1.35 if fused and torch.cuda.get_device_capability() >= (9, 0) else 2.7 if HAVE["triton"] and cfg.compile_scope != "none" else 5.4
@@ -3199,7 +3216,7 @@ def compile_model(model: GPT, cfg: Config, run: Run, shapes: int) -> None:
     The whole network as one graph was no faster (records/README.md). `shapes`: how many shapes of rows training has.
     """
     how = cfg.compile_scope if cfg.compile_scope != "auto" else ("block" if run.gpu else "none")
-    problem = inductor_problem(run) if how == "block" and run.gpu else ""
+    problem = run.any_problem(inductor_problem(run) if how == "block" and run.gpu else "")
     if problem and cfg.compile_scope == "auto":
         how = "none"
         run.warn(f"torch.compile does not work here ({problem}): everything runs eagerly, several times slower")
@@ -3616,7 +3633,8 @@ def collect_hessians(model: GPT, cfg: Config, batches: list[Batch], run: Run) ->
             model.nll(*batch)
     for h in hooks:
         h.remove()
-    if float(largest) > 16 * MOST / HIDDEN_8:  # FP8's scales are fixed, and what lies beyond its largest number is cut off in training
+    # A few values beyond FP8's largest number are normal (two in a million); sixteen times it means that the fixed scale no longer fits.
+    if float(largest) > 16 * MOST / HIDDEN_8:
         run.warn(f"FP8: hidden values reach {float(largest):.0f}, and training cut them off at {MOST / HIDDEN_8:.0f}; FP8=none trains without that")
     tokens = sum(b.ids.numel() for b in batches) * run.world
     return {n: run.sum_(h).div_(tokens) for n, h in sums.items()}
@@ -4542,8 +4560,8 @@ class Ledger:
 
     C1 causality is the model's (tests flip future tokens); here C2 full normalised distribution, C3 score before
     learning, C4 each token once, every sequence from left to right (issue #1017 of the contest). Moments are the one
-    order: what is learned at a moment can only act on later ones, so one sequential decoder could do the same. Work of
-    one moment that depends on no other work of its own phase may be done later than its moment says (slots in groups).
+    order: what is learned at a moment can only act on later ones, so one sequential decoder could do the same. Slots of
+    one phase do not see each other, so groups of them may run one after the other: each score is booked at its planned moment.
     """
 
     def __init__(self, targets: int):
@@ -4572,7 +4590,7 @@ class Ledger:
 
     def learn(self, begin: int | np.ndarray, end: int | np.ndarray, moment: int | None = None) -> None:
         """Book training on targets [begin, end), one span or many, at the end of a moment (of all so far): each must have its score by then."""
-        latest = self.when.max(initial=-1) if moment is None else moment
+        latest = self.now - 1 if moment is None else moment
         for b, e in zip(np.atleast_1d(begin), np.atleast_1d(end)):
             if not 0 <= b < e <= self.targets or (self.when[b:e] < 0).any() or (self.when[b:e] > latest).any():
                 raise Violation(f"training on position {int(e) - 1} before it is scored (its span begins at {int(b)})")
@@ -5012,7 +5030,7 @@ def slot_bytes(cfg: Config, run: Run) -> int:
 
 
 def slot_groups(cfg: Config, run: Run, slots: int) -> int:
-    """Groups in which a rank's slots take turns, so that each fits into the memory that is free. Scores do not depend on it."""
+    """Groups in which a rank's slots take turns, so that each fits into the memory that is free. Only rounding depends on it."""
     fit = 0.85 * run.free_bytes() / slot_bytes(cfg, run)
     return next((g for g in range(1, slots) if -(-slots // g) <= fit), max(slots, 1))
 
@@ -5232,7 +5250,7 @@ class DocumentScorer:
 
     def finish_plain(self, phase_end: int) -> None:
         """Score what is left with fixed weights: the budget is met, adaptation is not. What the phase under way had planned, moments below
-        `phase_end`, keeps its moments, since hints may have counted on them; it rests on nothing of the same phase."""
+        `phase_end`, keeps its moments, since hints may have counted on them: these plain scores use nothing that is learned in the phase."""
         self.scorer.hints = None  # they were made for another order
         left = np.array([(a + np.argmax(self.scorer.ledger.when[a:b] < 0), a, b) for a, b in self.val.sequences
                          if (self.scorer.ledger.when[a:b] < 0).any()])
@@ -5343,7 +5361,10 @@ def write_scores(run: Run, cfg: Config, results: dict[str, Score], total: int | 
     score = {"run": run.id, "finished": finished, "headline": headline(results), "results": {n: s.facts() for n, s in results.items()},
              "bytes_total": total, "failures": run.failures, "caveats": run.caveats, "seed": cfg.seed, "recipe": cfg.recipe_hash()}
     if run.main:
-        write_atomic(run.path(".score.json"), (json.dumps(score, indent=1) + "\n").encode())
+        try:
+            write_atomic(run.path(".score.json"), (json.dumps(score, indent=1) + "\n").encode())
+        except OSError as e:
+            run.warn(f"scores not written to {run.path('.score.json')} ({e}); the log has them")
     return score
 
 
@@ -5462,6 +5483,11 @@ def advice(e: BaseException, run: Run, cfg: Config) -> str:
     return ""
 
 
+def stored_config(cfg: Config, run: Run) -> dict:
+    """What a file says of its run: all knobs as they were asked for. What memory made of MICRO_BATCH_TOKENS=0 is this machine's business."""
+    return {**cfg.as_dict(), "micro_batch_tokens": run.asked_rows}
+
+
 class Checkpoints:
     """The last good averaged weights on disk, written on a thread; a bad snapshot never replaces a good one."""
 
@@ -5488,7 +5514,7 @@ class Checkpoints:
         copied = torch.cuda.Event() if self.run.gpu else None
         if copied is not None:
             copied.record()
-        self.held = copied, {"config": self.cfg.as_dict(), "step": step, "seconds": now, "weights": dict(zip(self.names, self.host))}
+        self.held = copied, {"config": stored_config(self.cfg, self.run), "step": step, "seconds": now, "weights": dict(zip(self.names, self.host))}
 
     def release(self, seen: float) -> None:
         """Write the snapshot once more than `step` losses were seen: the next one was computed with its weights."""
@@ -5502,7 +5528,10 @@ class Checkpoints:
         # by numpy: torch would start a second team of threads here, and from then on a CPU's own team no longer waits ready for work
         if not all(np.isfinite(t.numpy()).all() for t in self.host):
             return False
-        write_atomic(self.run.path(".ckpt"), functools.partial(torch.save, content))
+        try:
+            write_atomic(self.run.path(".ckpt"), functools.partial(torch.save, content))
+        except RuntimeError as e:  # what torch.save makes of a disk that fills up halfway
+            raise OSError(errno.ENOSPC, said(e)) from e
         return True
 
     def wait(self) -> bool:
@@ -5534,7 +5563,7 @@ def graphs(cfg: Config, world: int) -> list[tuple[int, bool]]:
     found = {}
     for p in sorted([0.0, cfg.enable_looping_at, *(until for until, _ in cfg.batch_shares[:-1])]):
         blocks, looping = step_blocks(cfg, stage_at(cfg.batch_shares, p)), cfg.num_loops > 0 and p >= cfg.enable_looping_at
-        shapes = frozenset(micro_blocks(cfg, len(rank_blocks(blocks, rank, world))) for rank in range(world))
+        shapes = tuple(micro_blocks(cfg, len(rank_blocks(blocks, rank, world))) for rank in range(world))
         found.setdefault((shapes, looping), (blocks, looping))
     return list(found.values())
 
@@ -5719,7 +5748,7 @@ def resolve(env: dict) -> tuple[Config, dict | None, str]:
             stored = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as e:  # torch names neither the file nor one kind of error
             raise SystemExit(f"checkpoint {path}: truncated, or not a file of this program ({type(e).__name__})") from None
-        return restore_config(env, stored["config"], path), {"path": path, **{k: stored.get(k) for k in ("weights", "seconds", "step")}}, ""
+        return restore_config(env, stored["config"], path), {"path": path, **{k: stored.get(k) for k in ("weights", "seconds")}}, ""
     cfg = named(read_config(env))
     if cfg.mode == "train" and cfg.preset == "smoke" and "PRESET" not in env:
         return cfg, None, "no GPU found: PRESET=smoke, the whole job at a hundredth of the size; the record recipe needs CUDA"
@@ -5775,13 +5804,14 @@ def kernel_problem(kernels: Kernels, cfg: Config, run: Run) -> str:
     rng, losses = np.random.default_rng(0), []
     ids = rng.integers(2, cfg.vocab_size, 257)
     row = make_batch(ids[:-1], ids[1:], np.array([0, 1, 70, 200, 256], np.int32), cfg.train_seq_len, run)
+    models = [GPT(small, form, run.dtype) for form in (kernels, Kernels(kernels.attend))]
+    for model in models:
+        initialize(model, small)
+        for p in model.parameters():
+            p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+        model.to(run.device)
     try:
-        for form in (kernels, Kernels(kernels.attend)):
-            model = GPT(small, form, run.dtype)
-            initialize(model, small)
-            for p in model.parameters():
-                p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
-            model.to(run.device)
+        for model in models:
             loss = model.nll(*row).mean()
             found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
             losses.append(torch.stack([loss.detach(), torch.stack(torch._foreach_norm([g for g in found if g is not None])).norm()]))
@@ -5794,9 +5824,11 @@ def kernel_problem(kernels: Kernels, cfg: Config, run: Run) -> str:
 def build_model(cfg: Config, run: Run) -> GPT:
     """Initialised model on this rank's device, attention chosen, compilation arranged."""
     kernels = choose_kernels(cfg, run)
-    problem = kernel_problem(kernels, cfg, run) if kernels._replace(attend=None, cached=None) != Kernels(None, cached=None) else ""
+    ours = kernels._replace(attend=None, cached=None) != Kernels(None, cached=None)
+    problem = run.any_problem(kernel_problem(kernels, cfg, run) if ours else "")
     if problem:
-        run.warn(f"our kernels do not work here ({problem}): their eager forms run, several times slower")
+        run.warn(f"our kernels do not work here ({problem}): their eager forms run, several times slower, and in bf16")
+        note_bf16(cfg, run)
         kernels = Kernels(kernels.attend if kernels.attend is not attention_triton else attention_sdpa, cached=kernels.cached)
     model = GPT(cfg, kernels, run.dtype)
     initialize(model, cfg)
@@ -5813,7 +5845,7 @@ def pack(model: GPT, cfg: Config, run: Run, stream: TrainStream, tokenizer: Toke
     data = b""  # only rank 0 quantises; the others receive the file
     with run.clock.span("quantise and pack"):
         if run.main:
-            meta = {"config": cfg.as_dict(), "tokenizer": tokenizer.sha256, "source": sha256(SOURCE.encode()), "train_tokens": stream.tokens}
+            meta = {"config": stored_config(cfg, run), "tokenizer": tokenizer.sha256, "source": sha256(SOURCE.encode()), "train_tokens": stream.tokens}
             data, parts, coarser = fit_artifact(Quantizer(model, cfg, hessians, run, slopes), meta, cfg, run)
             code = pack_code(SOURCE)
             report_size(data, code, parts, coarser, cfg, run)
@@ -5905,10 +5937,11 @@ def job(cfg: Config, run: Run, stored: dict | None) -> None:
         return tool("records", "bench").bench(sys.modules[__name__], model, cfg, run, stream, val, tokenizer)
     if stored is not None:
         run.log(f"weights from {stored['path']}")
+    if cfg.mode in ("pack", "eval"):
+        known = stored.get("seconds")
+        run.caveats.append("trained by another process, " + ("whose time is not checked here" if known is None else f"for {known:.1f} s"))
     if cfg.mode == "pack":
         load_weights(model, stored["weights"])
-        if stored["seconds"] is not None:
-            run.caveats.append(f"trained by another process, for {stored['seconds']:.1f} s and {stored['step']} steps")
     if cfg.mode == "train":
         run.log(f"train_shards: {len(stream.shards)} train_tokens: {stream.tokens}")
         train_and_average(model, cfg, run, stream, val)
@@ -5993,12 +6026,12 @@ def main() -> int:
     run = Run(cfg, ranks)
     if not run.gpu:
         choose_threads(cfg.deterministic)
-    cfg = fit_rows(cfg, run)
     end_on_signals()
     if cfg.mode == "config":
         show_config(cfg, run)
         return 0
     run.together(lambda: run.open_log(cfg))
+    cfg = fit_rows(cfg, run)
     if note:
         run.warn(note)
     try:

@@ -85,7 +85,7 @@ RULES = [  # (knobs on top of the smoke preset, the knob that is named, a piece 
     ({"TTT_CHUNK_SIZE": 257}, "TTT_CHUNK_SIZE", "EVAL_SEQ_LEN=256"),
     ({"TTT_LORA_SITES": "", "TTT_ASYM_LOGIT": 0}, "TTT_LORA_SITES", "nothing would adapt"),
     ({"PARALLEL_START_LAYER": 2, "NUM_LOOPS": 3}, "PARALLEL_START_LAYER",
-     "inside the loop: layer 1 would follow layer 2 on one stream, and what the second lane holds would be lost"),
+     "the lanes would begin inside the loop: when it returns to layer 1, which has one stream, the second lane is lost"),
     *(({"RUN_ID": text}, "RUN_ID", "a file name") for text in ("exp/seed42", "..", "-x", " x", "x ", "a\nb", "a\\b")),
     ({"BIGRAM_VOCAB_SIZE": 1}, "BIGRAM_VOCAB_SIZE", ""),  # one row is the one without a pair: pairs would hash modulo 0
 ]

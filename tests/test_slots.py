@@ -258,7 +258,7 @@ def test_the_phase_between_stops_when_time_is_up(tmp_path):
     docs, moved = Documents(), {}
     for allowed in (0, 1, 99):
         scorer, asked = tg.DocumentScorer(model, docs, cfg, run), []
-        scorer.scorer.ledger.when[:] = 0
+        scorer.scorer.ledger.when[:], scorer.scorer.ledger.now = 0, 1
         with tg.Adapter(model, docs, cfg, run, scorer.scorer.ledger) as adapter:
             before = [p.detach().clone() for p in model.parameters()]
             ended = scorer.learn_globally(adapter, docs.sequences, lambda: asked.append(0) or len(asked) > allowed)
