@@ -237,7 +237,7 @@ def snapshot():
     # the writer is held up until training has gone on; weights of 1 were to be saved
     folder, gate = tempfile.TemporaryDirectory(), threading.Event()
     path = pathlib.Path(folder.name, "test.ckpt")
-    run = types.SimpleNamespace(main=True, rank=0, gpu=False, path=lambda suffix: path)
+    run = types.SimpleNamespace(main=True, rank=0, gpu=False, asked_rows=0, path=lambda suffix: path)
     model = torch.nn.Linear(2, 2)
     model.weight.data.fill_(1.0)
     cfg = t.read_config(t.shell_environment())
